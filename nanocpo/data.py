@@ -1,0 +1,186 @@
+"""The data: captioned pictures with an annotation each, from the painter or from a folder of your own.
+
+A folder holds pictures and a metadata.jsonl with one line a picture (the imagefolder convention):
+    {"file_name": "0001.png", "caption": "a boat", "positive": ["level horizon"], "negative": ["too dark"]}
+and, if the tree is not the embedded one, criteria.json. Export painter data to see one:
+    python -m nanocpo.data --out paintings --count 1000
+"""
+import argparse
+import json
+import math
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from einops import rearrange
+from PIL import Image, ImageOps
+from tqdm import tqdm
+
+from .criteria import Criteria, CriteriaError
+from .painter import CAPTIONS, LEAVES, SIZE, paint
+
+SPLITS = {"train": range(0, 8), "validation": range(8, 9), "test": range(9, 10)}         # of every ten pictures: 80 / 10 / 10
+
+
+class DataError(ValueError):
+    """A folder that cannot be used; the message names file, line and cure."""
+
+
+@dataclass
+class Batch:
+    """images float (B, 3, H, W) in [-1, 1], captions: B strings, annotations int8 (B, leaves)."""
+    images: torch.Tensor
+    captions: list
+    annotations: np.ndarray
+
+
+@dataclass
+class Paintings:
+    """All pictures in memory: images uint8 (N, H, W, 3), captions: N strings, annotations int8 (N, leaves of criteria)."""
+    criteria: Criteria
+    images: np.ndarray
+    captions: list
+    annotations: np.ndarray
+    skipped: int = 0
+
+    def __len__(self):
+        return len(self.images)
+
+    def take(self, indices):
+        """The pictures with these numbers, in this order, as Paintings."""
+        indices = np.asarray(indices, int)
+        return replace(self, images=self.images[indices], captions=[self.captions[i] for i in indices],
+                       annotations=self.annotations[indices])
+
+    def split(self, name):
+        """The train, validation or test part: by position modulo ten, so it does not move when the data grows."""
+        return self.take([i for i in range(len(self)) if i % 10 in SPLITS[name]])
+
+    def batch(self, indices):
+        """Indices (B,) -> Batch."""
+        part = self.take(indices)
+        return Batch(to_tensor(part.images), part.captions, part.annotations)
+
+    def export(self, folder):
+        """Write the folder form: PNG files, metadata.jsonl and criteria.json."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "criteria.json").write_text(json.dumps(self.criteria.to_dict(), indent=1), encoding="utf-8")
+        with open(folder / "metadata.jsonl", "w", encoding="utf-8") as file:
+            for i, (image, caption, annotation) in enumerate(zip(self.images, self.captions, self.annotations)):
+                Image.fromarray(image).save(folder / f"{i:06d}.png")
+                prompt = self.criteria.prompt(caption, annotation)
+                file.write(json.dumps({"file_name": f"{i:06d}.png", "caption": caption, "positive": prompt.positive,
+                                       "negative": prompt.negative}) + "\n")
+
+
+def to_tensor(images):
+    """uint8 (N, H, W, 3) -> float32 (N, 3, H, W) in [-1, 1]."""
+    return rearrange(torch.from_numpy(np.ascontiguousarray(images)).float() / 127.5 - 1, "n h w c -> n c h w")
+
+
+def to_images(tensor):
+    """float (N, 3, H, W) in [-1, 1] -> uint8 (N, H, W, 3)."""
+    return rearrange(((tensor.float().clamp(-1, 1) + 1) * 127.5).round().byte().cpu(), "n c h w -> n h w c").numpy()
+
+
+def from_painter(criteria=None, count=16000, regime="flawed", judged=0.9, seed=0):
+    """Paint `count` pictures. regime "flawed": at least a third of the leaves of each is judged negative, so that no
+    masterpiece exists to imitate; "mixed": independent states; "positive": all states positive (to compare with).
+    judged: the share of leaves that the expert judged (METHOD: non-equilibrium; the share is ours)."""
+    criteria = criteria or Criteria.load()
+    names = [leaf.name for leaf in criteria.leaves]
+    if not set(names) <= set(LEAVES):
+        raise CriteriaError(f"the painter cannot draw {sorted(set(names) - set(LEAVES))}; it knows: {', '.join(LEAVES)}. "
+                            "Give a folder of pictures for another tree")
+    if regime not in ("flawed", "mixed", "positive"):
+        raise ValueError(f"regime is flawed, mixed or positive, not '{regime}'")
+    images, captions, annotations = [], [], []
+    for i in tqdm(range(count), desc="painting", leave=False, disable=count < 5000):
+        rng = np.random.default_rng((seed, i))
+        captions.append(CAPTIONS[rng.integers(len(CAPTIONS))])
+        while True:                                               # rejection: what remains is as random as it can be
+            states = np.ones(len(names), np.int8) if regime == "positive" else rng.choice(np.array([-1, 1], np.int8), len(names))
+            annotation = np.where(rng.random(len(names)) < judged, states, 0).astype(np.int8)
+            if regime != "flawed" or (annotation < 0).sum() >= math.ceil(len(names) / 3):
+                break
+        annotations.append(annotation)
+        images.append(paint(captions[-1], dict(zip(names, states)), (seed, i, 1)))
+    return Paintings(criteria, np.stack(images), captions, np.stack(annotations))
+
+
+def from_folder(folder, criteria=None, size=SIZE, skip_bad=False):
+    """Read a folder (see above); every picture is cropped to a square in its middle and resized to `size`.
+
+    Raises DataError at the first fault, with file, line and cure; skip_bad leaves such lines out and counts them in `skipped`."""
+    folder = Path(folder)
+    listing = folder / "metadata.jsonl"
+    if not listing.is_file():
+        raise DataError(f"{listing}: not found; write one JSON line a picture: file_name, caption, positive, negative")
+    if criteria is None:
+        own = folder / "criteria.json"
+        criteria = Criteria.load(own) if own.exists() else Criteria.load()
+    rows, skipped = [], 0
+    for number, line in enumerate(listing.read_bytes().split(b"\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            rows.append(_read_line(folder, line, criteria, size))
+        except (DataError, CriteriaError) as error:
+            if not skip_bad:
+                raise DataError(f"{listing}, line {number}: {error} (or pass --skip-bad to leave such lines out)") from error
+            skipped += 1
+    if not rows:
+        raise DataError(f"{listing}: no usable picture in it ({skipped} skipped); add lines or mend the skipped ones")
+    if skipped:
+        print(f"{listing}: skipped {skipped} bad lines, kept {len(rows)}")
+    images, captions, annotations = zip(*rows)
+    return Paintings(criteria, np.stack(images), list(captions), np.stack(annotations), skipped)
+
+
+def _read_line(folder, line, criteria, size):
+    """One line of metadata.jsonl -> image, caption, annotation."""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"not JSON ({error}); each line is one object") from error
+    if not isinstance(row, dict):
+        raise DataError("not a JSON object; write {\"file_name\": ..., \"caption\": ..., \"positive\": [...], \"negative\": [...]}")
+    for key in ("file_name", "caption"):
+        if not isinstance(row.get(key), str) or not row[key].strip():
+            raise DataError(f"'{key}' is missing or empty; give it as a string")
+    annotation = criteria.annotation(row.get("positive", []), row.get("negative", []))
+    path = folder / row["file_name"]
+    try:
+        inside = path.resolve().is_relative_to(folder.resolve())
+    except (OSError, ValueError, RuntimeError) as error:          # a null byte, half a surrogate pair, a loop of links
+        raise DataError(f"{row['file_name']!r} is no file name ({error}); correct it") from error
+    if not inside:
+        raise DataError(f"{row['file_name']} lies outside the folder; move the picture into it")
+    try:
+        with Image.open(path) as image:
+            if image.mode[0] in "IF":                             # Pillow would clip 16 and 32 bits to white, not scale them
+                raise ValueError(f"mode {image.mode} has more than 8 bits a channel")
+            image = ImageOps.fit(ImageOps.exif_transpose(image).convert("RGB"), (size, size), Image.Resampling.LANCZOS)
+    except FileNotFoundError as error:
+        raise DataError(f"{path} does not exist; correct file_name or add the picture") from error
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise DataError(f"{path} cannot be read as a picture ({error}); save it again as PNG or JPEG") from error
+    return np.asarray(image), row["caption"].strip(), annotation
+
+
+def main(argv=None):
+    """Export painter data to a folder."""
+    parser = argparse.ArgumentParser(description=main.__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--out", required=True, help="folder to write")
+    parser.add_argument("--count", type=int, default=1000, help="number of pictures")
+    parser.add_argument("--regime", choices=["flawed", "mixed", "positive"], default="flawed", help="how states are drawn")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args(argv)
+    from_painter(count=args.count, regime=args.regime, seed=args.seed).export(args.out)
+    print(f"{args.out}: {args.count} pictures, metadata.jsonl, criteria.json")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,85 @@
+"""Diffusion: noise schedules, the forward process, eps / v / x0 conversions, one sampler for DDPM and DDIM, guidance.
+
+x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps, t = 0 .. T-1 (2006.11239, equation 4). Tensors are (B, C, H, W), t is (B,) int64.
+"""
+import torch
+
+
+def cosine_alpha_bar(steps=1000):
+    """alpha_bar (steps,) float64 of the cosine schedule; beta is clipped at 0.999 (2102.09672, equation 17)."""
+    x = torch.arange(steps + 1, dtype=torch.float64) / steps
+    f = torch.cos((x + 0.008) / 1.008 * torch.pi / 2) ** 2
+    return torch.cumprod(1 - (1 - f[1:] / f[:-1]).clamp(max=0.999), 0)
+
+
+def scaled_linear_alpha_bar(steps=1000, start=0.00085, end=0.012):
+    """alpha_bar (steps,) float64 of Stable Diffusion's schedule: beta is the square of a line (2112.10752)."""
+    return torch.cumprod(1 - torch.linspace(start ** 0.5, end ** 0.5, steps, dtype=torch.float64) ** 2, 0)
+
+
+SCHEDULES = {"cosine": cosine_alpha_bar, "scaled_linear": scaled_linear_alpha_bar}
+
+
+def guide(positive, negative, scale):
+    """Classifier-free guidance (2207.12598) from the negative prompt's prediction to the positive one's, on all channels;
+    scale 1 is the positive prompt alone."""
+    return negative + scale * (positive - negative)
+
+
+class Diffusion:
+    """A schedule and what the model predicts: "eps", or "v" = sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) x0 (2202.00512)."""
+
+    def __init__(self, schedule="cosine", prediction="v", steps=1000):
+        if schedule not in SCHEDULES or prediction not in ("eps", "v"):
+            raise ValueError(f"schedule is one of {', '.join(SCHEDULES)} and prediction eps or v, not {schedule}, {prediction}")
+        self.prediction, self.steps = prediction, steps
+        self.alpha_bar = SCHEDULES[schedule](steps)
+
+    def scales(self, t, like):
+        """sqrt(alpha_bar_t) and sqrt(1 - alpha_bar_t) for t (B,), shaped (B, 1, 1, 1) and in the dtype of `like`."""
+        alpha_bar = self.alpha_bar.to(t.device)[t].view(-1, *[1] * (like.dim() - 1))
+        return alpha_bar.sqrt().to(like), (1 - alpha_bar).sqrt().to(like)
+
+    def q_sample(self, x0, t, noise):
+        """The forward process: x_t from x_0 and noise, both (B, C, H, W)."""
+        a, s = self.scales(t, x0)
+        return a * x0 + s * noise
+
+    def goal(self, x0, t, noise):
+        """What the model should predict at x_t: the noise, or the velocity."""
+        a, s = self.scales(t, x0)
+        return noise if self.prediction == "eps" else a * noise - s * x0
+
+    def x0_and_eps(self, prediction, xt, t):
+        """The model's prediction at x_t -> (x0, eps) that it implies."""
+        a, s = self.scales(t, xt)
+        if self.prediction == "eps":
+            return (xt - s * prediction) / a, prediction
+        return a * xt - s * prediction, s * xt + a * prediction
+
+    def timesteps(self, count):
+        """`count` timesteps from T-1 downwards, evenly ("trailing" spacing: the first is pure noise, 2305.08891)."""
+        if not 1 <= count <= self.steps:
+            raise ValueError(f"sampling steps must be between 1 and {self.steps}, not {count}")
+        return (torch.arange(self.steps, 0, -self.steps / count).round().long() - 1)[:count]
+
+    @torch.no_grad()
+    def sample(self, predict, xt, count=25, eta=0.0, generator=None, clip=None):
+        """Run the reverse process from noise xt (B, C, H, W). predict(xt, t) -> eps or v.
+
+        eta 0 is DDIM (2010.02502, equation 12), eta 1 with count = T is DDPM with the posterior variance; noise is added
+        at every step but the last, and drawn on the CPU, as the generator's. clip: a function that brings x0 back among the
+        latents of pictures; None: no bounds."""
+        times = self.timesteps(count)
+        for i, now in enumerate(times):
+            t = torch.full((len(xt),), int(now), device=xt.device)
+            x0, eps = self.x0_and_eps(predict(xt, t), xt, t)
+            a_now, a_next = self.alpha_bar[now], self.alpha_bar[times[i + 1]] if i + 1 < count else torch.tensor(1.0)
+            if clip:
+                x0 = clip(x0)
+                eps = (xt - a_now.sqrt().to(xt) * x0) / (1 - a_now).sqrt().to(xt)
+            sigma = eta * ((1 - a_next) / (1 - a_now) * (1 - a_now / a_next)).sqrt()
+            xt = a_next.sqrt().to(xt) * x0 + (1 - a_next - sigma ** 2).clamp(min=0).sqrt().to(xt) * eps
+            if i + 1 < count and eta > 0:
+                xt = xt + sigma.to(xt) * torch.randn(xt.shape, generator=generator, dtype=xt.dtype).to(xt.device)
+        return xt

@@ -1,0 +1,119 @@
+"""The losses side by side: SFT, Diffusion-DPO, CPO. Pure functions: tensors in, (loss, logs) out, no model inside.
+
+Conventions, stated once (Diffusion-DPO's, 2311.12908):
+- an error is the *mean* over (C, H, W) of a squared difference, per sample: shape (B,). |.|^2 below is this mean;
+- the margin u carries the factor 1/2 and beta (which absorbs T * omega(t)); log-sigmoid is taken per sample, then the mean over B;
+- `eps` is what the target predicts: noise, or velocity for a v-model. The formulas hold in either space; for v the margin weighs
+  timestep t by 1 / alpha_bar_t more than for eps, since |dv|^2 = |d eps|^2 / alpha_bar_t at the same x_t;
+- everything is computed in float32 at least, whatever comes in: z_w - z_l is small and would be rounding noise in bfloat16.
+
+logs: {name: detached tensor (B,)}. The mask `valid` marks samples that count.
+"""
+import torch
+import torch.nn.functional as F
+
+RULES = ("none", "winner", "constant", "safeguard", "balance", "clamped")
+
+
+def _wide(*tensors):
+    """Half precision to float32; float32 and float64 stay."""
+    return [x if x.dtype == torch.float64 else x.float() for x in tensors]
+
+
+def _dot(a, b):
+    """Mean over all but the batch of a * b: (B,)."""
+    return (a * b).flatten(1).mean(1)
+
+
+def _error(a, b):
+    """Mean squared difference per sample: (B,)."""
+    return _dot(a - b, a - b)
+
+
+def _change(eps, eps_ref, goal):
+    """|goal - eps|^2 - |goal - eps_ref|^2 per sample (B,), as a product: the difference of two errors that are almost equal
+    would be rounding noise, and beta magnifies it."""
+    return _dot(eps - eps_ref, eps + eps_ref - 2 * goal)
+
+
+def sft_loss(eps, goal):
+    """Stage 1: mean squared error of the prediction, both (B, C, H, W) (2006.11239, equation 14)."""
+    eps, goal = _wide(eps, goal)
+    loss = _error(eps, goal)
+    return loss.mean(), {"loss": loss.detach()}
+
+
+def restraint(rule, g_win, g_lose, strength):
+    """lam (B,): the share of the loser's gradient in the update g_win - lam * g_lose, per sample (ours; docs/derivation.md).
+
+    g_win = eps - z_win, g_lose = eps - z_lose, both (B, C, H, W). What `strength` means, and the limit of the output:
+      none       1                                     no limit: it drifts along z_win - z_lose for ever
+      winner     0                                     z_win: plain regression
+      constant   strength = k < 1                      z_win + k / (1 - k) (z_win - z_lose): a guided target
+      safeguard  strength = mu: min(1, (1 - mu) |g_win|^2 / <g_win, g_lose>), and 1 where the dot product is not positive
+                 (2511.03317): the winner's error never rises
+      balance    strength * |g_win| / |g_lose|: at strength 1 the winner's error never rises and the loser's never falls
+      clamped    min(1, balance)
+    """
+    win, lose, dot = _dot(g_win, g_win), _dot(g_lose, g_lose), _dot(g_win, g_lose)
+    one = torch.ones_like(win)
+    if rule in ("none", "winner", "constant"):
+        return one * {"none": 1.0, "winner": 0.0, "constant": strength}[rule]
+    if rule == "safeguard":
+        lam = torch.where(dot > 0, ((1 - strength) * win / dot.clamp(min=1e-30)).clamp(max=1), one)
+        return torch.where(win == 0, torch.zeros_like(win), lam)
+    if rule in ("balance", "clamped"):
+        lam = strength * (win / lose.clamp(min=1e-30)).sqrt()
+        return lam.clamp(max=1) if rule == "clamped" else lam
+    raise ValueError(f"unknown stabilizer '{rule}'; it is one of {', '.join(RULES)}")
+
+
+def preference_loss(win, lose, beta, lam, valid=None):
+    """-log sigmoid(u), u = -1/2 beta (win - lose), from the two changes of error (B,): the target's less the reference's.
+
+    beta: a number or (B,). lam (B,) is applied straight through: it scales the gradient through `lose` and leaves the value
+    of the loss alone. valid (B,) bool: samples that count in the mean; if none does, the loss is log 2 without a gradient."""
+    lose = lose.detach() + lam * (lose - lose.detach())
+    margin = -0.5 * beta * (win - lose)
+    loss = -F.logsigmoid(margin)
+    valid = torch.ones_like(loss, dtype=torch.bool) if valid is None else valid
+    logs = {"loss": loss, "margin": margin, "accuracy": (margin > 0).to(loss), "weight": torch.sigmoid(-margin), "lam": lam,
+            "valid": valid}
+    counted = torch.where(valid, loss, 0).sum() / valid.sum() if valid.any() else loss.detach().mean() + 0 * loss.sum()
+    return counted, {name: value.detach() for name, value in logs.items()}
+
+
+def dpo_loss(eps_win, ref_win, goal_win, eps_lose, ref_lose, goal_lose, beta=200.0, stabilizer="none", strength=0.0):
+    """Diffusion-DPO (2311.12908, equation 14): a preferred and a rejected *picture*, at the same t and with the same noise.
+
+    eps_*: the target's predictions at the two noised pictures, ref_*: the reference's, goal_*: the noise (or velocity) that was
+    added; all (B, C, H, W). stabilizer "safeguard" makes it SDPO (2511.03317)."""
+    eps_win, eps_lose = _wide(eps_win, eps_lose)
+    ref_win, goal_win, ref_lose, goal_lose = (x.detach() for x in _wide(ref_win, goal_win, ref_lose, goal_lose))
+    lam = restraint(stabilizer, (eps_win - goal_win).detach(), (eps_lose - goal_lose).detach(), strength)
+    loss, logs = preference_loss(_change(eps_win, ref_win, goal_win), _change(eps_lose, ref_lose, goal_lose), beta, lam)
+    return loss, logs | _errors(eps_win, ref_win, goal_win, eps_lose, ref_lose, goal_lose)
+
+
+def _errors(eps_win, ref_win, goal_win, eps_lose, ref_lose, goal_lose):
+    """The four errors for the log, apart: a falling margin has different cures when the winner rises or the loser falls."""
+    return {"winner": _error(eps_win, goal_win).detach(), "winner_ref": _error(ref_win, goal_win),
+            "loser": _error(eps_lose, goal_lose).detach(), "loser_ref": _error(ref_lose, goal_lose)}
+
+
+def cpo_loss(eps, eps_ref, z_win, z_lose, beta=None, stabilizer="constant", strength=0.5):
+    """CPO, stage 2 (2601.04300; the formula is our derivation from the abstract, docs/derivation.md).
+
+    One noised picture x_t, four predictions there, all (B, C, H, W): the target's and the reference's under the plain caption, and
+    the frozen auxiliary model's towards the positive (z_win) and the negative attributes (z_lose):
+        u = -1/2 beta [(|z_win - eps|^2 - |z_win - eps_ref|^2) - (|z_lose - eps|^2 - |z_lose - eps_ref|^2)]
+    beta None takes 4 / |z_win - z_lose|^2 per sample (ours): then u = 4 where eps has gone the whole way from z_lose to z_win,
+    whatever the timestep. A sample with z_win = z_lose says nothing and is masked out."""
+    eps, eps_ref, z_win, z_lose = _wide(eps, eps_ref.detach(), z_win.detach(), z_lose.detach())
+    gap = _error(z_win, z_lose)
+    valid = gap > 0
+    if beta is None:
+        beta = torch.where(valid, 4 / gap.clamp(min=1e-12), torch.zeros_like(gap))
+    lam = restraint(stabilizer, (eps - z_win).detach(), (eps - z_lose).detach(), strength)
+    loss, logs = preference_loss(_change(eps, eps_ref, z_win), _change(eps, eps_ref, z_lose), beta, lam, valid)
+    return loss, logs | _errors(eps, eps_ref, z_win, eps, eps_ref, z_lose) | {"gap": gap}

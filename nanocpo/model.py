@@ -1,0 +1,132 @@
+"""One model: latents, prompt encoder, UNet and diffusion together, and its file. Base, auxiliary and target are all this class."""
+import copy
+import os
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from einops import rearrange
+from torch import nn
+
+from .criteria import Criteria
+from .diffusion import Diffusion, guide
+from .text import TextEncoder
+from .unet import UNet, UNetConfig
+
+
+class SpaceToDepth:
+    """The toy's latents: opponent colours, and blocks of pixels as channels. The two methods are those of a VAE (ours).
+
+    Of the three opponent channels the two that carry hue vary about a third as much as lightness; scaled to the same spread they
+    are not the last thing to emerge from the noise. Trained on RGB, the same model paints pictures of mixed-up hues."""
+    OPPONENT = torch.tensor([[1, 1, 1], [1, 0, -1], [-1, 2, -1]]) / torch.tensor([3, 2, 6]).sqrt()[:, None]      # orthonormal
+    SCALE, MEAN = torch.tensor([1.0, 2.5, 2.5]), -0.4                     # of the painter's pictures, rounded
+
+    def __init__(self, block):
+        self.block = block
+        self.mix = self.SCALE[:, None] * self.OPPONENT                    # (3, 3): colours in, channels out
+
+    def encode(self, images):
+        """(B, 3, H, W) in [-1, 1] -> (B, 3 * block^2, H / block, W / block)."""
+        colours = torch.einsum("dc,bchw->bdhw", self.mix.to(images), images - self.MEAN)
+        return rearrange(colours, "b c (h p) (w q) -> b (c p q) h w", p=self.block, q=self.block)
+
+    def decode(self, latents):
+        """The inverse of encode."""
+        colours = rearrange(latents, "b (c p q) h w -> b c (h p) (w q)", p=self.block, q=self.block)
+        return torch.einsum("cd,bdhw->bchw", torch.linalg.inv(self.mix).to(latents), colours) + self.MEAN
+
+    def clip(self, latents):
+        """The nearest latents of a picture whose values lie in [-1, 1]."""
+        return self.encode(self.decode(latents).clamp(-1, 1))
+
+
+class Model(nn.Module):
+    """Predicts eps or v for noised latents under a prompt: `model(xt, t, prompts)`."""
+
+    def __init__(self, criteria, captions, unet=None, text_dim=64, block=2, size=32, schedule="cosine", prediction="v"):
+        super().__init__()
+        unet = unet or UNetConfig()
+        self.criteria = criteria
+        self.config = dict(captions=list(captions), unet=asdict(unet), text_dim=text_dim, block=block, size=size,
+                           schedule=schedule, prediction=prediction)
+        self.latents, self.diffusion = SpaceToDepth(block), Diffusion(schedule, prediction)
+        self.text, self.unet = TextEncoder(criteria, captions, text_dim), UNet(unet)
+
+    @property
+    def device(self):
+        return self.unet.conv_in.weight.device
+
+    def forward(self, xt, t, prompts):
+        """xt (B, C, H, W), t (B,), prompts: B Prompts or their tokens (B, 1 + leaves) -> (B, C, H, W)."""
+        tokens = prompts if torch.is_tensor(prompts) else self.text.tokens(prompts)
+        context, pooled = self.text(tokens)
+        return self.unet(xt, t, context, pooled)
+
+    def frozen_copy(self):
+        """A copy that nothing trains: evaluation mode, no gradients."""
+        return copy.deepcopy(self).eval().requires_grad_(False)
+
+    @torch.no_grad()
+    def sample(self, prompts, negative=None, guidance=1.0, steps=25, eta=0.0, seed=0, batch=256):
+        """prompts: N Prompts; negative: N Prompts to guide away from (with guidance != 1) -> images (N, 3, size, size) in [-1, 1].
+
+        The first noise of picture i depends on seed and i only: two models with the same seed start from the same noise."""
+        was_training, out = self.training, []
+        self.eval()
+        generator = torch.Generator().manual_seed(seed)
+        edge = self.config["size"] // self.config["block"]
+        noise = torch.stack([torch.randn(self.unet.config.in_channels, edge, edge, generator=generator) for _ in prompts])
+        for start in range(0, len(prompts), batch):
+            some = self.text.tokens(prompts[start:start + batch])
+            if guidance != 1 and negative is not None:
+                some = torch.cat([some, self.text.tokens(negative[start:start + batch])])
+
+            def predict(xt, t):
+                if len(some) == len(xt):
+                    return self(xt, t, some)
+                return guide(*self(torch.cat([xt, xt]), torch.cat([t, t]), some).chunk(2), guidance)
+            xt = noise[start:start + batch].to(self.device)
+            latents = self.diffusion.sample(predict, xt, steps, eta, generator, self.latents.clip)
+            out.append(self.latents.decode(latents))
+        self.train(was_training)
+        return torch.cat(out)
+
+
+def save_atomic(path, content):
+    """torch.save to a temporary file beside `path`, then rename: a killed run never leaves half a checkpoint."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "wb") as file:
+        torch.save(content, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def load_checkpoint(path, device="cpu"):
+    """Read a checkpoint's dict. Raises ValueError that names the file and what to do."""
+    try:
+        content = torch.load(path, map_location=device, weights_only=True)
+        content["config"], content["criteria"], content["ema"]
+    except FileNotFoundError:
+        raise
+    except Exception as error:
+        raise ValueError(f"{path}: not a checkpoint of nanocpo, or damaged ({type(error).__name__}: {error}); "
+                         "delete it and train again") from error
+    return content
+
+
+def load_model(path, device="cpu"):
+    """The model (averaged weights) in a checkpoint file, frozen."""
+    return build_model(load_checkpoint(path, device)).to(device).frozen_copy()
+
+
+def build_model(content):
+    """A checkpoint's dict -> Model with its averaged weights."""
+    config = dict(content["config"])
+    config["unet"] = UNetConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in config["unet"].items()})
+    model = Model(Criteria(content["criteria"]), **config)
+    model.load_state_dict(content["ema"])
+    return model

@@ -1,0 +1,101 @@
+"""The painter: small procedural paintings whose attributes are known, because they were chosen (ours).
+
+A painting is a sky, a ground, a horizon and one subject, 32x32 RGB. `paint(caption, states, seed)` draws every random number
+before it looks at a state, so the same caption and seed give *the same painting* in two states: only the named attribute differs.
+
+Colour is kept as hue, saturation, value, because each of the three is an attribute of its own: a texture or the exposure
+scales all channels alike and so moves value only. Shapes are signed distances in pixels (negative inside); the soft step
+`cover` turns a distance into opacity, and the width of that step *is* the edge quality.
+"""
+import numpy as np
+
+SIZE = 32
+SUBJECTS = ("house", "tree", "boat", "sun")
+CAPTIONS = tuple(f"a {subject}" for subject in SUBJECTS)
+LEAVES = ("Placement", "Level", "Height", "Harmony", "Purity", "Contrast", "Exposure", "Strokes", "Edges", "Gradation",
+          "Spatter", "Corners")                                   # what this painter can draw, by leaf name
+HUES = (0.02, 0.13, 0.33, 0.52, 0.66, 0.83)                       # six base hues: any hue at all is too much to learn here
+CANVAS = (0.95, 0.92, 0.84)                                       # bare canvas: brighter than any painted ground
+BLOTS = ((-12, -10, 1.7), (-4.5, -12, 1.3), (3, -9, 1.6), (11, -12.5, 1.4), (-9, -3, 1.4), (12.5, -4, 1.7), (-12.5, 5, 1.5),
+         (-2, 11, 1.6), (6, 7.5, 1.3), (12, 12, 1.5))             # x and y from the middle, radius: spatter, mirrored at random
+Y, X = np.mgrid[0:SIZE, 0:SIZE].astype(np.float64)                # pixel centres; y grows downwards
+
+
+def cover(distance, softness=1.0):
+    """Signed distance in pixels -> opacity in [0, 1]; softness is the width of the edge in pixels."""
+    return np.clip(0.5 - distance / softness, 0, 1)
+
+
+def box(x, y, left, right, top, bottom):
+    """Signed distance to an upright rectangle (exact inside and beside it, as all that `cover` needs)."""
+    return np.maximum(np.maximum(left - x, x - right), np.maximum(top - y, y - bottom))
+
+
+def cone(x, y, top, bottom, slope):
+    """Signed distance to a triangle with its tip at (0, top), opening by `slope` pixels a row, cut off at `bottom`."""
+    return np.maximum((np.abs(x) - slope * (y - top)) / np.hypot(1, slope), y - bottom)
+
+
+def silhouette(subject, x, y):
+    """Signed distance of a subject's outline; (0, 0) is the middle of its foot (of its disc, for the sun)."""
+    if subject == "house":
+        return np.minimum(box(x, y, -4.5, 4.5, -6, 1), cone(x, y, -11.5, -5.5, 1.1))
+    if subject == "tree":
+        return np.minimum(box(x, y, -1.2, 1.2, -6, 1.5), np.hypot(x, y + 8) - 4.6)
+    if subject == "boat":
+        hull = np.maximum(box(x, y, -6.5, 6.5, -3, 1.2), np.abs(x) * 0.8 + y - 4.6)
+        return np.minimum(hull, np.maximum(cone(x + 1.5, y, -14, -3.5, 0.7), -2.0 - x))
+    return np.hypot(x, y) - 4.2
+
+
+def hsv_to_rgb(hue, saturation, value):
+    """Hue (one number, in turns), saturation and value (numbers or arrays) -> RGB in [0, 1], channels last."""
+    wheel = np.clip(np.abs((hue * 6 + np.array([0, 4, 2])) % 6 - 3) - 1, 0, 1)
+    return np.asarray(value)[..., None] * (1 - np.asarray(saturation)[..., None] * (1 - wheel))
+
+
+def paint(caption, states, seed):
+    """caption: one of CAPTIONS; states: {leaf name: +1 or -1} (a leaf that is not named takes a random state);
+    seed: an int or a tuple of ints -> uint8 (32, 32, 3). Raises ValueError on another caption or leaf."""
+    if caption not in CAPTIONS:
+        raise ValueError(f"this painter cannot paint '{caption}'; it knows: {', '.join(CAPTIONS)}")
+    if not set(states) <= set(LEAVES):
+        raise ValueError(f"this painter cannot draw {sorted(set(states) - set(LEAVES))}; it knows: {', '.join(LEAVES)}")
+    subject = caption.removeprefix("a ")
+    rng = np.random.default_rng(seed)
+    chance, u, sign = rng.random(len(LEAVES)), rng.random(4), rng.choice([-1, 1], 6)
+    good = {leaf: states.get(leaf, 1 if chance[i] < 0.5 else -1) > 0 for i, leaf in enumerate(LEAVES)}
+    soft = 1.0 if good["Edges"] else 5.0
+
+    # Composition: the horizon's height and slope, the subject's place on it (or of the sun above it)
+    slope = 0.0 if good["Level"] else 0.23 * sign[0]
+    horizon = (21.6 if good["Height"] else 15.6) + u[0] - 0.5 + slope * (X - SIZE / 2)                # (32, 32)
+    place = SIZE / 2 + sign[1] * (6 * u[1] if good["Placement"] else 14.0 + u[1])
+    foot = 6.5 + u[2] if subject == "sun" else horizon[0, int(np.clip(place, 0, SIZE - 1))] + 1.0
+    ground = cover((horizon - Y) / np.hypot(1, slope), soft)
+    figure = cover(silhouette(subject, X - place, Y - foot), soft)
+
+    # Colour: hue, saturation and value of the three areas
+    hue = HUES[int(u[3] * len(HUES))]
+    ground_hue = hue + sign[2] * (0.08 if good["Harmony"] else 0.42)
+    rich = 0.78 if good["Purity"] else 0.23
+    sky_value, ground_value, figure_value = (0.80, 0.38, 0.12) if good["Contrast"] else (0.68, 0.52, 0.33)
+    if subject == "sun":
+        figure_value = 1.0 if good["Contrast"] else 0.92
+    depth = np.minimum(0.60 + 0.40 * Y / (horizon - 5), 1) if good["Gradation"] else np.ones_like(Y)
+    sky = hsv_to_rgb(hue, rich, sky_value * depth)                        # with gradation lighter towards the horizon
+    rgb = sky + ground[..., None] * (hsv_to_rgb(ground_hue, rich, ground_value) - sky)
+    rgb += figure[..., None] * (hsv_to_rgb(hue, rich * (0.5 if subject == "sun" else 1), figure_value) - rgb)
+
+    # Texture and finish: each scales value; the bare corner was never painted, so nothing darkens it
+    if not good["Strokes"]:
+        rgb *= 1 + 0.3 * np.sin(np.pi / 2 * (X + Y + 0.5))[..., None]
+    if not good["Spatter"]:
+        blots = (cover(np.hypot((X - 15.5) * sign[3] - x, (Y - 15.5) * sign[4] - y) - r) for x, y, r in BLOTS)
+        rgb *= 1 - 0.7 * np.max(list(blots), axis=0)[..., None]
+    if not good["Exposure"]:
+        rgb *= 0.43
+    if not good["Corners"]:
+        side = X if sign[5] < 0 else SIZE - 1 - X
+        rgb += cover((side + SIZE - 1 - Y - 9) / 2 ** 0.5)[..., None] * (np.array(CANVAS) - rgb)
+    return np.round(np.clip(rgb, 0, 1) * 255).astype(np.uint8)

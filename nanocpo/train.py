@@ -1,0 +1,171 @@
+"""The training loop shared by all stages: optimiser, schedule, averaging, logs, checkpoints, resuming."""
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from .criteria import Criteria, Prompt
+from .data import from_folder, from_painter
+from .model import build_model, load_checkpoint, save_atomic
+
+BINS = 10                                   # timestep bins of the log: a loss averaged over t hides everything
+
+
+@dataclass
+class Recipe:
+    """How a stage is optimised. The values are ours; each script states its own."""
+    steps: int
+    lr: float
+    batch: int = 64
+    warmup: int = 50                        # steps of linear warm-up
+    constant: float = 0.3                   # share of the run at full rate; then a line down to zero
+    ema: float = 0.995                      # averaging of weights (with a shorter memory at the start)
+    clip: float = 1.0                       # largest gradient norm
+    weight_decay: float = 0.01
+
+    def lr_at(self, step):
+        """Learning rate of step 0 .. steps-1."""
+        done = step / max(self.steps, 1)
+        return self.lr * min(1, (step + 1) / max(self.warmup, 1)) * min(1, (1 - done) / (1 - self.constant))
+
+
+def pick_device(name="auto"):
+    """"auto" takes cuda, then mps, then cpu; any other name is taken as it is."""
+    if name != "auto":
+        return torch.device(name)
+    mps = torch.backends.mps.is_available()
+    return torch.device("cuda" if torch.cuda.is_available() else "mps" if mps else "cpu")
+
+
+def add_common_arguments(parser):
+    """The flags that both training scripts share."""
+    parser.add_argument("--out", default="out", help="folder for everything that is written")
+    parser.add_argument("--data", default="flawed", help="flawed or mixed (painted on the fly, see nanocpo/data.py), or a "
+                        "folder with metadata.jsonl")
+    parser.add_argument("--tree", help="criteria as JSON; default: criteria.json in the folder, else the embedded tree")
+    parser.add_argument("--count", type=int, default=16000, help="number of pictures to paint; 80 %% of them train")
+    parser.add_argument("--skip-bad", action="store_true", help="leave bad lines of a folder out instead of stopping")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, mps")
+    parser.add_argument("--bf16", action="store_true", help="run the models in bfloat16; losses and weights stay float32")
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--resume", action="store_true", help="continue a run that stopped, from its last checkpoint")
+    parser.add_argument("--save-every", type=int, default=200, help="steps between checkpoints")
+    parser.add_argument("--sample-every", type=int, default=500, help="steps between sample grids (0: none)")
+
+
+def load_data(args):
+    """The data that the flags ask for, as Paintings. Raises DataError or CriteriaError with the cure."""
+    criteria = Criteria.load(args.tree) if args.tree else None
+    if args.data in ("flawed", "mixed"):
+        return from_painter(criteria, args.count, args.data, seed=args.seed)
+    return from_folder(args.data, criteria, skip_bad=args.skip_bad)
+
+
+def fit(model, loss_step, recipe, path, *, name, seed=0, bf16=False, resume=False, save_every=200, pictures=None,
+        sample_every=0):
+    """Train `model` and write `path`; returns (the averaged model, frozen; the last log line).
+
+    loss_step(model, generator) -> (loss, logs, t): draws its own batch with the generator; logs hold (B,) tensors, t is (B,).
+    pictures(averaged model, step): called every sample_every steps. The log goes to a .jsonl beside `path`.
+    All randomness comes from one CPU generator whose state is in the checkpoint, so a resumed run ends in the same weights."""
+    path, device = Path(path), model.device
+    generator = torch.Generator().manual_seed(seed)
+    average = model.frozen_copy()
+    optimizer = torch.optim.AdamW(model.parameters(), recipe.lr, betas=(0.9, 0.99), weight_decay=recipe.weight_decay,
+                                  fused=device.type in ("cpu", "cuda"))
+    first, lines, log_file = 0, [], path.with_suffix(".jsonl")
+    if resume and path.exists():
+        state = load_checkpoint(path, device)
+        if state["steps"] != recipe.steps:
+            raise ValueError(f"{path} belongs to a run of {state['steps']} steps, not {recipe.steps}; resume with the same flags")
+        model.load_state_dict(state["model"])
+        average.load_state_dict(state["ema"])
+        optimizer.load_state_dict(state["optimizer"])
+        generator.set_state(state["rng"].cpu())
+        first = state["step"]
+        if log_file.exists():
+            lines = [line for line in log_file.read_text().splitlines() if json.loads(line)["step"] <= first]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    log_file.write_text("".join(line + "\n" for line in lines))
+
+    def save(step):
+        save_atomic(path, {"config": model.config, "criteria": model.criteria.to_dict(), "model": model.state_dict(),
+                           "ema": average.state_dict(), "optimizer": optimizer.state_dict(), "step": step,
+                           "steps": recipe.steps, "rng": generator.get_state(), "name": name})
+
+    window, start, line = [], time.time(), json.loads(lines[-1]) if lines else {}
+    log_every = max(1, min(20, recipe.steps // 10))
+    model.train()
+    bar = tqdm(range(first, recipe.steps), desc=name, initial=first, total=recipe.steps, mininterval=2)
+    for step in bar:
+        for group in optimizer.param_groups:
+            group["lr"] = recipe.lr_at(step)
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            loss, logs, t = loss_step(model, generator)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
+        if not torch.isfinite(norm):
+            raise FloatingPointError(f"{name}, step {step}: the gradient is {norm.item()}; lower --lr or leave --bf16 out. "
+                                     f"The last checkpoint stays in {path}")
+        optimizer.step()
+        decay = min(recipe.ema, (step + 1) / (step + 10))
+        with torch.no_grad():
+            torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - decay)
+        window.append((t.cpu(), {key: value.float().cpu() for key, value in logs.items()}))
+        if (step + 1) % log_every == 0 or step + 1 == recipe.steps:
+            line = {"name": name, "step": step + 1, "lr": recipe.lr_at(step), "gradient_norm": norm.item(),
+                    "seconds": round(time.time() - start, 2)} | summarize(window, model.diffusion.steps)
+            with open(log_file, "a") as file:
+                file.write(json.dumps(line) + "\n")
+            bar.set_postfix({key: f"{line[key]:.3f}" for key in ("loss", "margin", "accuracy", "winner", "loser") if key in line})
+            window = []
+        if pictures and sample_every and (step + 1) % sample_every == 0:
+            pictures(average, step + 1)
+        if (step + 1) % save_every == 0 or step + 1 == recipe.steps:
+            save(step + 1)
+    return average, line
+
+
+def summarize(window, steps):
+    """[(t, logs)] -> the mean of each log over the samples that count, and per timestep bin (None where a bin is empty)."""
+    t = torch.cat([t for t, _ in window])
+    logs = {key: torch.cat([logs[key] for _, logs in window]) for key in window[0][1]}
+    valid = logs.pop("valid", torch.ones(len(t))) > 0
+    bins = (t * BINS).div(steps, rounding_mode="floor")
+    mean = lambda value, mask: round(value[mask].mean().item(), 6) if mask.any() else None
+    out = {key: mean(value, valid) for key, value in logs.items()}
+    return out | {"valid": round(valid.float().mean().item(), 4),
+                  "per_t": {key: [mean(value, valid & (bins == i)) for i in range(BINS)] for key, value in logs.items()}}
+
+
+def finished(path):
+    """Whether `path` holds a complete run."""
+    if not Path(path).exists():
+        return False
+    state = load_checkpoint(path)
+    return state["step"] >= state["steps"]
+
+
+def noised(model, images, generator, t=None, noise=None):
+    """Encode a batch and noise it: (xt, t, noise, goal), with t uniform in 0 .. T-1. Random numbers come from the CPU, so a
+    seed means the same on every device."""
+    x0 = model.latents.encode(images.to(model.device))
+    t = torch.randint(model.diffusion.steps, (len(x0),), generator=generator) if t is None else t
+    noise = torch.randn(x0.shape, generator=generator) if noise is None else noise
+    t, noise = t.to(model.device), noise.to(model.device)
+    return model.diffusion.q_sample(x0, t, noise), t, noise, model.diffusion.goal(x0, t, noise)
+
+
+def draw(data, batch, generator):
+    """A random batch of the data."""
+    return data.batch(torch.randint(len(data), (batch,), generator=generator).numpy())
+
+
+def drop_caption(captions, generator, probability=0.1):
+    """Each caption becomes "" with this probability: how the unconditional prompt is learned (2207.12598)."""
+    return ["" if u < probability else caption for caption, u in zip(captions, torch.rand(len(captions), generator=generator).tolist())]

@@ -1,0 +1,68 @@
+"""Paint with any checkpoint: captions (and attributes) in, a PNG grid out.
+
+    python sample.py --checkpoint out/target.pt --caption "a boat" "a tree" --count 4 --judge
+    python sample.py --checkpoint out/auxiliary.pt --positive all --negative all --guidance 2 --judge
+
+A plain model needs the caption only. With --guidance other than 1 the sample is guided from the negative prompt to the positive one.
+"""
+import argparse
+
+import numpy as np
+
+from nanocpo.critic import judge
+from nanocpo.data import to_images
+from nanocpo.grid import save_grid
+from nanocpo.model import load_model
+from nanocpo.train import pick_device
+
+
+def attributes(criteria, words, side):
+    """Words from the command line (phrases, leaf names, "all") -> an annotation with this side (+1 or -1) only."""
+    if words == ["all"]:
+        words = [leaf.name for leaf in criteria.leaves]
+    return criteria.annotation(words, ()) if side > 0 else criteria.annotation((), words)
+
+
+def main(argv=None):
+    """Parse the flags, sample, write the grid; returns the pictures uint8 (N, H, W, 3)."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--checkpoint", default="out/target.pt")
+    parser.add_argument("--caption", nargs="+", help="captions; default: all that the model knows")
+    parser.add_argument("--positive", nargs="+", default=[], help="attributes to list as good: phrases, leaf names, or all")
+    parser.add_argument("--negative", nargs="+", default=[], help="attributes to list as bad; with guidance, to move away from")
+    parser.add_argument("--guidance", type=float, default=1.0, help="1: none")
+    parser.add_argument("--count", type=int, default=4, help="pictures for each caption")
+    parser.add_argument("--steps", type=int, default=25, help="sampling steps")
+    parser.add_argument("--eta", type=float, default=0.0, help="0: DDIM; 1: as much noise as DDPM")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--judge", action="store_true", help="write the critic's verdict under each picture")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, mps")
+    parser.add_argument("--out", default="samples.png")
+    args = parser.parse_args(argv)
+    if args.count < 1:
+        raise ValueError(f"--count must be at least 1, not {args.count}")
+    model = load_model(args.checkpoint, pick_device(args.device))
+    criteria = model.criteria
+    positive, negative = attributes(criteria, args.positive, 1), attributes(criteria, args.negative, -1)
+    captions = [c for c in args.caption or list(model.text.captions)[1:] for _ in range(args.count)]
+    if args.guidance == 1:                                                # one prompt may carry both sides
+        both = np.where(positive != 0, positive, negative)
+        prompts, away = [criteria.prompt(c, both) for c in captions], None
+    else:
+        prompts, away = ([criteria.prompt(c, side) for c in captions] for side in (positive, negative))
+    images = to_images(model.sample(prompts, away, args.guidance, args.steps, args.eta, args.seed))
+    labels = list(captions)
+    if args.judge:
+        verdicts = judge(images, criteria)
+        for i, (signs, seen) in enumerate(zip(verdicts.signs, verdicts.captions)):
+            faults = [leaf.negative for leaf, sign in zip(criteria.leaves, signs) if sign < 0]
+            labels[i] = "\n".join([f"{captions[i]}: seen {seen}", f"{len(faults)} of {len(criteria)} negative"] + faults)
+        print(f"#A_neg {np.mean((verdicts.signs < 0).sum(1)):.2f} of {len(criteria)}, "
+              f"caption {np.mean([a == b for a, b in zip(captions, verdicts.captions)]):.2f}")
+    save_grid(args.out, images, labels, columns=min(len(images), max(args.count, 4)), zoom=5)
+    print(f"{args.out}: {len(images)} pictures")
+    return images
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,52 @@
+"""The numbers of the report, by hand."""
+import numpy as np
+import pytest
+
+from nanocpo.criteria import Criteria
+from nanocpo.data import from_painter
+from nanocpo.evaluate import all_prompts, diversity, frechet, interval, measure_row, real_positive, table
+
+CRITERIA = Criteria.load()
+
+
+def test_interval_by_hand():
+    mean, (low, high) = interval(np.array([1.0, 3.0]))            # standard deviation sqrt(2), standard error 1
+    assert mean == 2 and low == pytest.approx(2 - 1.96) and high == pytest.approx(2 + 1.96)
+
+
+def test_diversity_is_the_mean_distance_within_a_caption():
+    black, white = np.zeros((32, 32, 3), np.uint8), np.full((32, 32, 3), 255, np.uint8)
+    assert diversity(np.stack([black, white]), ["a", "a"]) == pytest.approx(1)
+    assert diversity(np.stack([black, white]), ["a", "b"]) == 0   # pictures of two captions are never compared
+    assert diversity(np.stack([black, black, white, white]), ["a", "a", "b", "b"]) == 0
+    assert diversity(np.stack([black, black, white]), ["a"] * 3) == pytest.approx(2 / 3)
+
+
+def test_frechet_of_gaussians():
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(4000, 3))
+    assert frechet(x, x) == pytest.approx(0, abs=1e-9)
+    assert frechet(x, x + [3, 0, 0]) == pytest.approx(9, rel=1e-6)
+    assert frechet(x, 2 * x) == pytest.approx(np.trace(np.cov(x.T)) + (x.mean(0) ** 2).sum(), rel=1e-6)      # (2 - 1)^2 S
+    turned = x @ np.array([[0, -1, 0], [1, 0, 0], [0, 0, 1.0]]) * [1, 2, 3]
+    assert frechet(x, turned) == pytest.approx(frechet(turned, x), rel=1e-6) and frechet(x, turned) > 1
+
+
+def test_row_counts_what_the_painter_painted():
+    data = from_painter(CRITERIA, 300, "flawed", judged=1.0, seed=3)
+    reference, real = real_positive(CRITERIA, 200)
+    row = measure_row(data.images, data.captions, CRITERIA, real)
+    assert row["neg"] == pytest.approx((data.annotations < 0).sum(1).mean(), abs=0.1)
+    assert row["neg"] + row["pos"] == pytest.approx(12) and row["neg_ci"][0] < row["neg"] < row["neg_ci"][1]
+    assert row["caption"] > 0.95 and row["frechet"] > 5 * abs(reference["frechet"]) + 1
+    assert sum(row["by_root"].values()) == pytest.approx(row["neg"]) == pytest.approx(sum(row["by_leaf"].values()))
+    shifted = data.captions[1:] + data.captions[:1]
+    assert measure_row(data.images, shifted, CRITERIA, real)["caption"] < 0.5
+    text = table({"rows": {"data": row}, "real_positive": reference})
+    assert f"{row['neg']:.2f}" in text and "real positive" in text
+
+
+def test_prompts_of_the_rows():
+    plain, positive, negative = all_prompts(CRITERIA, ["a boat"])
+    assert (len(plain[0].positive), len(positive[0].positive), len(negative[0].negative)) == (0, 12, 12)
+    assert not positive[0].negative and not negative[0].positive and positive[0].caption == "a boat"

@@ -1,0 +1,150 @@
+"""The painter and the critic hold each other to account: what was painted is what is seen."""
+import numpy as np
+import pytest
+
+from nanocpo.criteria import Criteria
+from nanocpo.critic import judge
+from nanocpo.painter import CAPTIONS, LEAVES, SIZE, paint
+
+CRITERIA = Criteria.load()
+NAMES = [leaf.name for leaf in CRITERIA.leaves]
+PER_LEAF = 30                                                     # pictures in which one leaf is turned round, for each leaf
+
+
+def blurred(images, sigma, noise, rng):
+    """uint8 (N, H, W, 3) -> the same after a gaussian blur of sigma pixels and gaussian noise of `noise` of the full range."""
+    weights = np.exp(-np.arange(-3, 4) ** 2 / (2 * sigma ** 2))
+    out = images / 255
+    for axis in (1, 2):
+        pad = [(3, 3) if a == axis else (0, 0) for a in range(4)]
+        padded = np.pad(out, pad, "edge")
+        out = sum(w * np.take(padded, range(k, k + SIZE), axis) for k, w in enumerate(weights / weights.sum()))
+    return np.round(np.clip(out + rng.normal(0, noise, out.shape), 0, 1) * 255).astype(np.uint8)
+
+
+@pytest.fixture(scope="module")
+def fresh():
+    """2,000 paintings with independent random states: captions, states (2000, leaves), images."""
+    rng = np.random.default_rng(77)
+    captions, states = [str(c) for c in rng.choice(CAPTIONS, 2000)], rng.choice([-1, 1], (2000, len(NAMES)))
+    return captions, states, np.stack([paint(c, dict(zip(NAMES, s)), (77, i)) for i, (c, s) in enumerate(zip(captions, states))])
+
+
+@pytest.fixture(scope="module")
+def verdicts(fresh):
+    return judge(fresh[2], CRITERIA)
+
+
+def agreement(verdicts, captions, states):
+    """Share of right verdicts: {leaf name or "caption": share}."""
+    right = dict(zip(NAMES, (verdicts.signs == states).mean(0)))
+    return right | {"caption": np.mean([a == b for a, b in zip(verdicts.captions, captions)])}
+
+
+# ---------------------------------------------------------------- the painter
+
+def test_the_painter_knows_every_leaf_of_the_tree():
+    assert set(NAMES) == set(LEAVES) and len(CAPTIONS) == 4
+
+
+@pytest.mark.parametrize("caption", CAPTIONS)
+def test_same_arguments_same_bytes_other_seed_other_bytes(caption):
+    states = dict.fromkeys(LEAVES, 1)
+    pictures = [paint(caption, states, seed) for seed in (5, 5, 6, (5, 1))]
+    assert all(p.shape == (32, 32, 3) and p.dtype == np.uint8 for p in pictures)
+    assert pictures[0].tobytes() == pictures[1].tobytes()
+    assert pictures[0].tobytes() != pictures[2].tobytes() and pictures[0].tobytes() != pictures[3].tobytes()
+    assert states == dict.fromkeys(LEAVES, 1)                     # the argument is left as it was
+
+
+def test_captions_and_seeds_vary_the_picture():
+    assert len({paint(c, dict.fromkeys(LEAVES, 1), seed).tobytes() for c in CAPTIONS for seed in range(25)}) == 100
+
+
+@pytest.mark.parametrize("caption, states, message", [
+    ("a horse", {}, "cannot paint 'a horse'.*a house, a tree, a boat, a sun"), ("boat", {}, "cannot paint 'boat'"),
+    ("a boat", {"Mood": 1, "Level": 1}, r"cannot draw \['Mood'\].*Placement"),
+    ("a boat", {"Composition/Horizon/Level": 1}, "cannot draw")])                           # names, not paths
+def test_unknown_caption_or_leaf(caption, states, message):
+    with pytest.raises(ValueError, match=message):
+        paint(caption, states, 0)
+
+
+@pytest.mark.parametrize("name", LEAVES)
+def test_leaf_that_is_not_named_takes_a_random_state(name):
+    others, good = {leaf: 1 for leaf in LEAVES if leaf != name}, 0
+    for seed in range(60):
+        caption = CAPTIONS[seed % 4]
+        free, plus, minus = (paint(caption, others | extra, seed).tobytes() for extra in ({}, {name: 1}, {name: -1}))
+        assert plus != minus and free in (plus, minus)            # naming a leaf moves no other random number
+        good += free == plus
+    assert 15 <= good <= 45                                       # a fair coin: 30, four standard deviations either way
+
+
+def test_leaves_that_are_not_named_are_independent_of_each_other():
+    drawn = judge(np.stack([paint("a boat", {}, (8, i)) for i in range(150)]), CRITERIA).signs
+    correlation = np.corrcoef(drawn.T) - np.eye(len(NAMES))
+    assert np.abs(correlation).max() < 0.4                        # noise alone gives 0.08 with 150 pictures
+
+
+# ---------------------------------------------------------------- the critic on the painter's pictures
+
+def test_one_leaf_turned_round_leaves_the_others_as_they_were(fresh, verdicts):
+    captions, states, images = fresh
+    turned = np.arange(PER_LEAF * len(NAMES)) % len(NAMES)        # picture i: leaf i % 12 is turned round, same seed
+    flipped = states[:len(turned)].copy()
+    flipped[np.arange(len(turned)), turned] *= -1
+    pictures = np.stack([paint(captions[i], dict(zip(NAMES, flipped[i])), (77, i)) for i in range(len(turned))])
+    assert (pictures != images[:len(turned)]).any((1, 2, 3)).all()
+    changed = judge(pictures, CRITERIA).signs != verdicts.signs[:len(turned)]
+    for k, name in enumerate(NAMES):
+        rows = changed[turned == k]
+        assert rows[:, k].mean() >= 0.95, f"{name}: the critic does not see that it was turned round"
+        assert np.delete(rows, k, 1).mean() <= 0.02, f"{name}: turning it round changes other verdicts"
+
+
+def test_critic_agrees_with_the_painter(fresh, verdicts):
+    share = agreement(verdicts, *fresh[:2])
+    assert not {name: s for name, s in share.items() if s < 0.98}
+
+
+def test_critic_agrees_on_degraded_pictures(fresh):
+    captions, states, images = (part[:1000] for part in fresh)    # half of them, for speed
+    share = agreement(judge(blurred(images, 0.6, 0.02, np.random.default_rng(1)), CRITERIA), captions, states)
+    assert not {name: s for name, s in share.items() if s < 0.93}
+
+
+def test_scores_and_signs_belong_together(verdicts):
+    assert verdicts.signs.dtype == np.int8 and verdicts.scores.shape == verdicts.signs.shape == (2000, 12)
+    assert ((verdicts.scores > 0) == (verdicts.signs == 1)).all() and set(np.unique(verdicts.signs)) == {-1, 1}
+    typical = [np.median(np.abs(column)) for column in verdicts.scores.T]
+    assert 0.4 < min(typical) and max(typical) < 2.5              # typical paintings lie near -1 and +1: comparable scales
+
+
+def test_sub_tree_gives_that_trees_columns(fresh, verdicts):
+    part = judge(fresh[2][:40], CRITERIA.select(["Finish", "Level"]))
+    columns = CRITERIA.columns(["Finish", "Level"])
+    assert part.signs.shape == (40, 3) and part.captions == verdicts.captions[:40]
+    assert (part.signs == verdicts.signs[:40, columns]).all()
+    assert np.allclose(part.scores, verdicts.scores[:40, columns])
+
+
+def test_pictures_of_no_scene_are_judged_too():
+    # what an untrained model paints: the critic must answer with finite numbers, whatever it sees
+    odd = np.stack([np.zeros((32, 32, 3)), np.full((32, 32, 3), 255), np.random.default_rng(0).integers(0, 256, (32, 32, 3))])
+    found = judge(odd.astype(np.uint8), CRITERIA)
+    assert np.isfinite(found.scores).all() and set(found.captions) <= set(CAPTIONS)
+
+
+def test_leaf_without_a_measure():
+    mood = {"name": "Mood", "positive": "calm", "negative": "restless"}
+    level = {"name": "Level", "positive": "level", "negative": "tilted"}
+    tree = Criteria({"name": "T", "children": [{"name": "A", "children": [mood]}, level]})
+    with pytest.raises(ValueError, match="no measure for A/Mood;.*Placement"):
+        judge(np.zeros((1, 32, 32, 3), np.uint8), tree)
+
+
+@pytest.mark.parametrize("shape", [(2, 16, 16, 3), (2, 32, 32), (2, 3, 32, 32), (2, 32, 32, 4), (32, 32, 3)])
+def test_wrong_size_of_picture(shape):
+    with pytest.raises(ValueError, match=r"pictures of shape \(32, 32, 3\)"):
+        judge(np.zeros(shape, np.uint8), CRITERIA)

@@ -1,0 +1,309 @@
+"""The training loop and the scripts: what is trained, what is frozen, what a resumed run gives, what is written."""
+import argparse
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+
+import sample
+import train_cpo
+import train_sft
+from nanocpo.criteria import Criteria
+from nanocpo.data import Batch, from_painter
+from nanocpo.losses import sft_loss
+from nanocpo.model import Model, load_model
+from nanocpo.train import Recipe, drop_caption, finished, fit, noised, pick_device, summarize
+from nanocpo.unet import UNetConfig
+
+TINY = UNetConfig(channels=(16, 32), depth=(0, 1), heads=(2, 2), groups=8, context_dim=16, vector_dim=16)
+DATA = from_painter(count=60, seed=1)
+CRITERIA = DATA.criteria
+
+
+def tiny_model(seed=0):
+    torch.manual_seed(seed)
+    return Model(CRITERIA, sorted(set(DATA.captions)), TINY, text_dim=16)
+
+
+def plain(captions):
+    return [CRITERIA.prompt(caption) for caption in captions]
+
+
+def sft_step(model, generator):
+    batch = DATA.batch(torch.randint(len(DATA), (8,), generator=generator).numpy())
+    xt, t, _, goal = noised(model, batch.images, generator)
+    return *sft_loss(model(xt, t, plain(batch.captions)), goal), t
+
+
+def same(a, b):
+    return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
+
+
+def cpo_arguments(*flags):
+    parser = argparse.ArgumentParser()
+    train_cpo.add_common_arguments(parser)
+    train_cpo.add_sft_arguments(parser)
+    train_cpo.add_cpo_arguments(parser)
+    return parser.parse_args(["--batch", "8", "--steps", "4", "--sample-every", "0", "--device", "cpu", *flags])
+
+
+# ---------------------------------------------------------------- the loop
+
+def test_same_seed_same_bytes_other_seed_other_bytes(tmp_path):
+    a, b, c = (fit(tiny_model(), sft_step, Recipe(5, 1e-3), tmp_path / f"{i}.pt", name="x", seed=seed)[0]
+               for i, seed in enumerate((3, 3, 4)))
+    assert same(a, b) and not same(a, c)
+
+
+def test_resumed_run_equals_uninterrupted_run(tmp_path):
+    whole = fit(tiny_model(), sft_step, Recipe(12, 1e-3), tmp_path / "whole.pt", name="x")[0]
+    calls = []
+
+    def stops(model, generator):
+        calls.append(1)
+        if len(calls) == 9:                                       # two steps after the checkpoint of step 7: they are lost
+            raise KeyboardInterrupt
+        return sft_step(model, generator)
+    with pytest.raises(KeyboardInterrupt):
+        fit(tiny_model(), stops, Recipe(12, 1e-3), tmp_path / "cut.pt", name="x", save_every=7)
+    assert not finished(tmp_path / "cut.pt")
+    model = tiny_model(seed=99)                                   # everything must come from the file, not from this start
+    again = fit(model, sft_step, Recipe(12, 1e-3), tmp_path / "cut.pt", name="x", resume=True, save_every=7)[0]
+    assert same(whole, again) and finished(tmp_path / "cut.pt")
+    logs = [[json.loads(line) for line in (tmp_path / f"{name}.jsonl").read_text().splitlines()] for name in ("whole", "cut")]
+    assert [line["step"] for line in logs[0]] == [line["step"] for line in logs[1]] == list(range(1, 13))
+    assert logs[0][-1]["loss"] == logs[1][-1]["loss"]
+    with pytest.raises(ValueError, match="cut.pt.*12 steps"):
+        fit(tiny_model(), sft_step, Recipe(13, 1e-3), tmp_path / "cut.pt", name="x", resume=True)
+
+
+def test_without_resume_a_run_starts_anew(tmp_path):
+    fit(tiny_model(), sft_step, Recipe(2, 1e-3), tmp_path / "x.pt", name="x")
+    fit(tiny_model(), sft_step, Recipe(3, 1e-3), tmp_path / "x.pt", name="x")
+    steps = [json.loads(line)["step"] for line in (tmp_path / "x.jsonl").read_text().splitlines()]
+    assert steps == [1, 2, 3]
+
+
+def test_one_step_moves_every_parameter_and_lowers_the_loss_on_a_fixed_batch(tmp_path):
+    def fixed(model, generator):
+        return sft_step(model, torch.Generator().manual_seed(7))
+    model = tiny_model()
+    before, start = fixed(model, None)[0].item(), model.frozen_copy()
+    fit(model, fixed, Recipe(1, 1e-3, warmup=1), tmp_path / "x.pt", name="x")
+    moved = {name: not torch.equal(p, q) for (name, p), q in zip(model.named_parameters(), start.parameters())}
+    still = [name for name, yes in moved.items() if not yes]
+    assert not still, still
+    assert fixed(model, None)[0].item() < before
+
+
+def test_average_follows_with_the_stated_decay(tmp_path):
+    model = tiny_model()
+    start = model.unet.conv_in.weight.detach().clone()
+    average, _ = fit(model, sft_step, Recipe(1, 1e-2, warmup=1), tmp_path / "x.pt", name="x")
+    now = model.unet.conv_in.weight.detach()
+    # step 0: decay 1 / 10
+    torch.testing.assert_close(average.unet.conv_in.weight, start + (1 - 1 / 10) * (now - start))
+    assert torch.equal(load_model(tmp_path / "x.pt").unet.conv_in.weight, average.unet.conv_in.weight)
+
+
+def test_gradient_is_clipped_and_a_broken_one_stops_the_run(tmp_path):
+    def scaled(factor):
+        def step(model, generator):
+            loss, logs, t = sft_step(model, generator)
+            return loss * factor, logs, t
+        return step
+    weights = []
+    for factor in (1e3, 1e6):                                     # far above the clip: only the direction is left
+        model = tiny_model()
+        fit(model, scaled(factor), Recipe(3, 1e-3, warmup=1), tmp_path / "x.pt", name="x")
+        weights.append(model.unet.conv_in.weight)
+    torch.testing.assert_close(*weights, rtol=1e-3, atol=1e-6)
+    with pytest.raises(FloatingPointError, match="x, step 0.*x.pt"):
+        fit(tiny_model(), scaled(float("nan")), Recipe(3, 1e-3), tmp_path / "x.pt", name="x")
+
+
+def test_learning_rate_warms_up_holds_and_falls_to_zero():
+    recipe = Recipe(100, 2.0, warmup=10, constant=0.5)
+    assert recipe.lr_at(0) == pytest.approx(0.2) and recipe.lr_at(9) == recipe.lr_at(50) == 2.0
+    assert recipe.lr_at(75) == pytest.approx(1.0) and recipe.lr_at(99) == pytest.approx(0.04)
+
+
+def test_log_has_means_per_timestep_bin_over_the_samples_that_count():
+    t = torch.tensor([0, 99, 100, 999])
+    logs = {"loss": torch.tensor([1.0, 3.0, 5.0, 7.0]), "valid": torch.tensor([True, True, True, False])}
+    line = summarize([(t, logs)], 1000)
+    assert line["loss"] == 3.0 and line["valid"] == 0.75
+    assert line["per_t"]["loss"] == [2.0, 5.0] + [None] * 8
+
+
+def test_noised_draws_t_over_the_whole_range_and_uses_what_it_is_given():
+    model, generator = tiny_model(), torch.Generator().manual_seed(0)
+    images = DATA.batch([0] * 60).images.repeat(200, 1, 1, 1)
+    t = noised(model, images[:12000], generator)[1]
+    assert t.min() == 0 and t.max() == 999 and abs(t.float().mean() - 499.5) < 10
+    xt, t, noise, goal = noised(model, images[:2], generator, torch.tensor([5, 5]), torch.ones(2, 12, 16, 16))
+    assert t.tolist() == [5, 5] and torch.equal(noise, torch.ones(2, 12, 16, 16)) and torch.equal(xt[0], xt[1])
+    x0 = model.latents.encode(images[:2])
+    torch.testing.assert_close(model.diffusion.x0_and_eps(goal, xt, t)[0], x0, rtol=0, atol=1e-5)
+
+
+def test_captions_are_dropped_with_the_stated_probability():
+    dropped = drop_caption(["a boat"] * 10000, torch.Generator().manual_seed(0), 0.1)
+    assert abs(dropped.count("") / 10000 - 0.1) < 0.01 and set(dropped) == {"", "a boat"}
+
+
+def test_device_is_picked_once_and_can_be_named():
+    assert pick_device("cpu").type == "cpu" and pick_device("auto").type in ("cpu", "cuda", "mps")
+
+
+# ---------------------------------------------------------------- the prompts of both stages
+
+def test_sft_prompts_are_subsets_of_the_annotation_and_every_kind_occurs():
+    batch = DATA.batch(np.arange(60).repeat(20))
+    prompts = train_sft.attribute_prompts(CRITERIA, batch, torch.Generator().manual_seed(0))
+    kinds = {"whole": 0, "part": 0, "only positive": 0, "only negative": 0, "caption only": 0, "nothing": 0}
+    for prompt, caption, annotation in zip(prompts, batch.captions, batch.annotations):
+        full = CRITERIA.prompt(caption, annotation)
+        assert set(prompt.positive) <= set(full.positive) and set(prompt.negative) <= set(full.negative)
+        assert prompt.caption in (caption, "")
+        size = len(prompt.positive) + len(prompt.negative)
+        kinds["whole"] += size == len(full.positive) + len(full.negative)
+        kinds["part"] += 0 < size < len(full.positive) + len(full.negative)
+        kinds["only positive"] += bool(prompt.positive and not prompt.negative)
+        kinds["only negative"] += bool(prompt.negative and not prompt.positive)
+        kinds["caption only"] += size == 0 and prompt.caption != ""
+        kinds["nothing"] += size == 0 and prompt.caption == ""
+    assert kinds["whole"] > 120 and all(count >= 8 for count in kinds.values()), kinds
+
+
+@pytest.mark.parametrize("pairs, win, lose", [
+    ("own", [1, 0, 0, 1], [0, -1, 0, 0]), ("completed", [1, 1, 0, 1], [0, -1, 0, 0]), ("opposite", [1, 1, 0, 1], [-1, -1, 0, -1])])
+def test_preference_prompts_by_hand(pairs, win, lose):
+    criteria = CRITERIA.select(["Horizon", "Color Relations"])
+    batch = Batch(None, ["a boat"], np.array([[1, -1, 0, 1]], np.int8))
+    got = train_cpo.preference_prompts(criteria, batch, [0, 1, 2, 3], pairs)
+    assert got == ([criteria.prompt("a boat", win)], [criteria.prompt("a boat", lose)])
+    assert batch.annotations.tolist() == [[1, -1, 0, 1]]          # the data is not written to
+
+
+def test_branch_prompts_share_their_context():
+    batch = DATA.batch(range(60))
+    columns = CRITERIA.columns("Color Relations")
+    phrases = {p for i in columns for p in (CRITERIA.leaves[i].positive, CRITERIA.leaves[i].negative)}
+    for pairs in ("own", "completed", "opposite"):
+        for win, lose in zip(*train_cpo.preference_prompts(CRITERIA, batch, columns, pairs)):
+            assert set(win.positive) - phrases == set(lose.positive) - phrases
+            assert set(win.negative) - phrases == set(lose.negative) - phrases
+            assert not set(win.negative) & phrases and not set(lose.positive) & phrases
+
+
+# ---------------------------------------------------------------- stage 2
+
+@pytest.mark.parametrize("method", ["cpo", "dpo", "sft"])
+def test_only_the_target_moves(tmp_path, method):
+    base, auxiliary = tiny_model().frozen_copy(), tiny_model(seed=5).frozen_copy()
+    copies = base.frozen_copy(), auxiliary.frozen_copy()
+    args = cpo_arguments("--out", str(tmp_path), "--method", method)
+    target, line = train_cpo.align(args, DATA, base, auxiliary)
+    assert same(base, copies[0]) and same(auxiliary, copies[1])
+    assert target is not base and not same(target, base)
+    assert all(p.grad is None and not p.requires_grad for model in (base, auxiliary) for p in model.parameters())
+    assert not base.training and not auxiliary.training
+
+
+def test_first_cpo_step_has_loss_log_2_and_a_gradient():
+    base, auxiliary = tiny_model().frozen_copy(), tiny_model(seed=5).frozen_copy()
+    target = base.frozen_copy().requires_grad_(True)
+    step = train_cpo.cpo_step(cpo_arguments(), DATA, base, auxiliary, list(range(len(CRITERIA))))
+    loss, logs, t = step(target, torch.Generator().manual_seed(0))
+    assert loss.item() == pytest.approx(math.log(2), abs=1e-6) and logs["margin"].abs().max() < 1e-6
+    assert {"winner", "winner_ref", "loser", "loser_ref", "margin", "accuracy", "weight", "lam", "gap"} <= set(logs)
+    loss.backward()
+    assert sum(p.grad.abs().sum() for p in target.parameters() if p.grad is not None) > 0
+
+
+def test_cpo_shows_attributes_to_the_auxiliary_only():
+    base, auxiliary = tiny_model().frozen_copy(), tiny_model(seed=5).frozen_copy()
+    target, seen = base.frozen_copy(), {}
+    for name, model in (("base", base), ("target", target), ("auxiliary", auxiliary)):
+        def keep(module, arguments, name=name, model=model):
+            prompts = arguments[2]
+            seen[name] = prompts if torch.is_tensor(prompts) else model.text.tokens(prompts), arguments[0], arguments[1]
+        model.register_forward_pre_hook(keep)
+    train_cpo.cpo_step(cpo_arguments(), DATA, base, auxiliary, list(range(len(CRITERIA))))(target, torch.Generator().manual_seed(0))
+    assert (seen["base"][0][:, 1:] == 0).all() and (seen["target"][0][:, 1:] == 0).all()
+    win, lose = seen["auxiliary"][0].chunk(2)
+    assert (win[:, 1:] == 1).any() and not (win[:, 1:] == 2).any() and (lose[:, 1:] == 2).any() and not (lose[:, 1:] == 1).any()
+    for part in (1, 2):                                           # all four predictions at the same x_t and t
+        first, second = seen["auxiliary"][part].chunk(2)
+        assert torch.equal(first, second) and torch.equal(first, seen["target"][part]) and torch.equal(first, seen["base"][part])
+
+
+def test_dpo_pairs_share_caption_t_and_noise_and_the_winner_has_fewer_negatives():
+    base, seen = tiny_model().frozen_copy(), {}
+    target = base.frozen_copy()
+    target.register_forward_pre_hook(lambda module, arguments: seen.update(xt=arguments[0], t=arguments[1], tokens=arguments[2]))
+    data = DATA.split("train")
+    train_cpo.dpo_step(cpo_arguments(), data, base, list(range(len(CRITERIA))))(target, torch.Generator().manual_seed(0))
+    (t_win, t_lose), (tokens_win, tokens_lose) = seen["t"].chunk(2), seen["tokens"].chunk(2)
+    assert torch.equal(t_win, t_lose) and torch.equal(tokens_win, tokens_lose)
+    xt_win, xt_lose = seen["xt"].chunk(2)
+    a, s = base.diffusion.scales(t_win, xt_win)
+    x0 = base.latents.encode(data.batch(range(len(data))).images)
+    badness = (data.annotations < 0).sum(1)
+    for i in range(len(t_win)):                                   # with the same noise the difference is a * (x0_win - x0_lose)
+        difference = (xt_win[i] - xt_lose[i]) / a[i]
+        pair = ((x0[:, None] - x0[None]) - difference).abs().amax((2, 3, 4))
+        j = pair.argmin().item()
+        assert pair.flatten()[j] < 1e-2 and badness[j // len(x0)] < badness[j % len(x0)]
+
+
+def test_unfit_checkpoints_are_refused(tmp_path):
+    train_sft.main(["--out", str(tmp_path), "--count", "40", "--base-steps", "1", "--sft-steps", "1", "--batch", "4", "--sample-every", "0"])
+    args = cpo_arguments("--out", str(tmp_path))
+    other = from_painter(Criteria.load().select("Composition"), 20)
+    with pytest.raises(ValueError, match="base.pt.*another tree"):
+        train_sft.ensure_models(args, other)
+    strange = from_painter(count=20)
+    strange.captions[0] = "a cow"
+    with pytest.raises(ValueError, match="base.pt.*captions"):
+        train_sft.ensure_models(args, strange)
+
+
+# ---------------------------------------------------------------- the scripts, 20 steps each
+
+def test_scripts_from_nothing_to_a_report(tmp_path, capsys):
+    common = ["--out", str(tmp_path), "--count", "100", "--batch", "8", "--device", "cpu", "--sample-every", "10"]
+    report = train_cpo.main([*common, "--base-steps", "20", "--sft-steps", "20", "--steps", "20", "--samples", "16", "--sampling-steps", "3"])
+    assert list(report["rows"]) == ["base", "auxiliary", "auxiliary_prompted", "auxiliary_guided", "target"]
+    for row in report["rows"].values():
+        assert {"neg", "neg_ci", "pos", "caption", "diversity", "frechet", "by_root", "by_leaf"} <= set(row)
+        assert row["neg"] + row["pos"] == pytest.approx(len(CRITERIA))
+        assert sum(row["by_root"].values()) == pytest.approx(row["neg"])
+    assert report["real_positive"]["neg"] < 0.5
+    assert json.loads((tmp_path / "report.json").read_text()) == report
+    files = ["base.pt", "auxiliary.pt", "target.pt", "base.jsonl", "target.jsonl", "report.png", "samples/target_00010.png"]
+    assert all((tmp_path / name).stat().st_size > 0 for name in files)
+    assert "target" in capsys.readouterr().out
+
+    before = (tmp_path / "base.pt").read_bytes(), (tmp_path / "auxiliary.pt").read_bytes()
+    line = train_cpo.main([*common, "--criteria", "Color Relations", "--name", "colour", "--steps", "20", "--samples", "0"])
+    assert line["step"] == 20 and (tmp_path / "colour.pt").exists()
+    assert before == ((tmp_path / "base.pt").read_bytes(), (tmp_path / "auxiliary.pt").read_bytes())       # used, not remade
+
+    images = sample.main(["--checkpoint", str(tmp_path / "target.pt"), "--caption", "a boat", "--count", "2", "--steps", "2", "--judge",
+                          "--device", "cpu", "--out", str(tmp_path / "grid.png")])
+    assert images.shape == (2, 32, 32, 3) and (tmp_path / "grid.png").stat().st_size > 0
+    guided = sample.main(["--checkpoint", str(tmp_path / "auxiliary.pt"), "--caption", "a boat", "--count", "2", "--steps", "2", "--positive",
+                          "all", "--negative", "all", "--guidance", "2", "--device", "cpu", "--out", str(tmp_path / "grid.png")])
+    assert not np.array_equal(guided, images)
+
+
+def test_exported_folder_trains_to_the_same_bytes_as_the_painter(tmp_path):
+    from_painter(count=40, seed=0).export(tmp_path / "paintings")
+    flags = ["--base-steps", "3", "--sft-steps", "3", "--batch", "8", "--sample-every", "0", "--device", "cpu"]
+    a = train_sft.main(["--out", str(tmp_path / "a"), "--count", "40", *flags])
+    b = train_sft.main(["--out", str(tmp_path / "b"), "--data", str(tmp_path / "paintings"), *flags])
+    assert same(a[0], b[0]) and same(a[1], b[1])

@@ -1,0 +1,163 @@
+"""Stage 2: align the target model, which sees plain captions only, with Complex Preference Optimization (not Contrastive).
+
+    python train_cpo.py                                     # from nothing to OUT/target.pt, report.json and report.png
+    python train_cpo.py --criteria "Color Relations" --out out --name colour        # align on one branch of the tree only
+
+What is missing before it (base, auxiliary) is trained first by train_sft.py's functions; what is there is used again.
+At each step the frozen auxiliary model names two targets at the same noised image, one towards the positive and one towards the
+negative attributes, and the target model learns to prefer the first (2601.04300, stage 2; losses.cpo_loss).
+"""
+import argparse
+import json
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from nanocpo.data import to_images
+from nanocpo.evaluate import evaluate, table
+from nanocpo.grid import save_grid
+from nanocpo.losses import RULES, cpo_loss, dpo_loss, sft_loss
+from nanocpo.train import add_common_arguments, draw, load_data, noised
+from train_sft import add_sft_arguments, ensure_models, run_stage
+
+
+def add_cpo_arguments(parser):
+    """The flags of stage 2. The values are ours, chosen by measurement (docs/log.md)."""
+    parser.add_argument("--method", choices=["cpo", "dpo", "sft"], default="cpo", help="dpo: Diffusion-DPO on pairs of pictures "
+                        "with fewer and more negative attributes; sft: plain fine-tuning on the best pictures")
+    parser.add_argument("--stabilizer", choices=RULES, default="constant", help="how far the loser's gradient is held back")
+    parser.add_argument("--strength", type=float, default=0.5, help="k, mu or share of the stabilizer (losses.restraint)")
+    parser.add_argument("--beta", type=float, help="preference strength; default: 4 / gap per sample for cpo, 200 for dpo")
+    parser.add_argument("--pairs", choices=["own", "completed", "opposite"], default="completed",
+                        help="what the auxiliary's two prompts list (preference_prompts)")
+    parser.add_argument("--criteria", nargs="+", help="align on these branches of the tree only, by name or path")
+    parser.add_argument("--best", type=float, default=0.1, help="share of the data that --method sft keeps")
+    parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--lr", type=float, default=5e-4)
+    parser.add_argument("--name", default="target", help="name of the checkpoint, its log and its report row")
+    parser.add_argument("--samples", type=int, default=512, help="pictures a row of the report (0: no report)")
+    parser.add_argument("--sampling-steps", type=int, default=20)
+    parser.add_argument("--guidance", type=float, default=2.0, help="scale of the row auxiliary_guided")
+
+
+def preference_prompts(criteria, batch, columns, pairs):
+    """The auxiliary's two prompts for each picture: B winners, B losers. `columns` are the leaves to align on; the rest of the
+    annotation, the context, stands in both prompts alike, so that the gap between the two is about the chosen leaves only.
+
+    own: the picture's own positive against its own negative attributes (the paper's A_pos and A_neg);
+    completed (ours): each negative attribute's positive twin joins the winner; opposite (ours): all positive against all negative."""
+    chosen = np.isin(np.arange(len(criteria)), columns)
+    win, lose = batch.annotations.copy(), batch.annotations.copy()        # (B, leaves)
+    win[chosen & (win < 0)] = 0 if pairs == "own" else 1
+    lose[chosen & (lose > 0)] = -1 if pairs == "opposite" else 0
+    return tuple([criteria.prompt(c, a) for c, a in zip(batch.captions, side)] for side in (win, lose))
+
+
+def cpo_step(args, data, reference, auxiliary, columns):
+    """The loss of one CPO step: one noised batch, four predictions."""
+    def loss_step(target, generator):
+        batch = draw(data, args.batch, generator)
+        xt, t, _, _ = noised(target, batch.images, generator)
+        plain = target.text.tokens([data.criteria.prompt(caption) for caption in batch.captions])
+        win, lose = preference_prompts(data.criteria, batch, columns, args.pairs)
+        with torch.no_grad():
+            eps_ref = reference(xt, t, plain)
+            # both targets in one batch: their small difference must not be a difference of kernels
+            z_win, z_lose = auxiliary(torch.cat([xt, xt]), torch.cat([t, t]), win + lose).chunk(2)
+        eps = target(xt, t, plain)
+        return *cpo_loss(eps, eps_ref, z_win, z_lose, args.beta, args.stabilizer, args.strength), t
+    return loss_step
+
+
+def dpo_step(args, data, reference, columns):
+    """The loss of one Diffusion-DPO step: pairs of pictures with one caption, fewer against more negative attributes."""
+    badness = (data.annotations[:, columns] < 0).sum(1)
+    groups = {caption: np.flatnonzero(np.array(data.captions) == caption) for caption in set(data.captions)}
+
+    def pick(generator):
+        """Indices (winner, loser) of one random pair that is not a tie."""
+        for _ in range(1000):
+            first = torch.randint(len(data), (), generator=generator).item()
+            group = groups[data.captions[first]]
+            second = group[torch.randint(len(group), (), generator=generator).item()]
+            if badness[first] != badness[second]:
+                return (first, second) if badness[first] < badness[second] else (second, first)
+        raise ValueError("--method dpo found no two pictures of one caption with different numbers of negative attributes")
+
+    def loss_step(target, generator):
+        winners, losers = zip(*(pick(generator) for _ in range(args.batch)))
+        win, lose = data.batch(winners), data.batch(losers)
+        xt_win, t, noise, goal_win = noised(target, win.images, generator)
+        xt_lose, _, _, goal_lose = noised(target, lose.images, generator, t.cpu(), noise.cpu())      # same t, same noise
+        both, times = torch.cat([xt_win, xt_lose]), torch.cat([t, t])
+        plain = target.text.tokens([data.criteria.prompt(caption) for caption in win.captions + lose.captions])
+        with torch.no_grad():
+            ref_win, ref_lose = reference(both, times, plain).chunk(2)
+        eps_win, eps_lose = target(both, times, plain).chunk(2)
+        rule = args.stabilizer if args.stabilizer in ("none", "safeguard") else "none"
+        return *dpo_loss(eps_win, ref_win, goal_win, eps_lose, ref_lose, goal_lose, 200.0 if args.beta is None else args.beta, rule, args.strength), t
+    return loss_step
+
+
+def sft_step(args, data, columns):
+    """The loss of one step of the simple baseline: fine-tuning on the pictures with the fewest negative attributes."""
+    badness = (data.annotations[:, columns] < 0).sum(1)
+    best = data.take(np.argsort(badness, kind="stable")[:max(1, round(len(data) * args.best))])
+
+    def loss_step(target, generator):
+        batch = draw(best, args.batch, generator)
+        xt, t, _, goal = noised(target, batch.images, generator)
+        return *sft_loss(target(xt, t, [data.criteria.prompt(caption) for caption in batch.captions]), goal), t
+    return loss_step
+
+
+def align(args, data, base, auxiliary):
+    """Train OUT/NAME.pt from the base model; returns (the aligned model, frozen; the last log line)."""
+    train = data.split("train")
+    columns = data.criteria.columns(args.criteria) if args.criteria else list(range(len(data.criteria)))
+    target = base.frozen_copy().requires_grad_(True)                      # its own weights: base stays the reference
+    loss_step = {"cpo": lambda: cpo_step(args, train, base, auxiliary, columns),
+                 "dpo": lambda: dpo_step(args, train, base, columns),
+                 "sft": lambda: sft_step(args, train, columns)}[args.method]()
+    return run_stage(args, target, loss_step, args.name, args.steps, args.lr)
+
+
+def report(args, base, auxiliary, target, seconds):
+    """Evaluate the five rows, write OUT/report.json and OUT/report.png (base above target), print the table."""
+    models = {"base": (base, "plain"), "auxiliary": (auxiliary, "plain"), "auxiliary_prompted": (auxiliary, "prompted"),
+              "auxiliary_guided": (auxiliary, "guided"), args.name: (target, "plain")}
+    start = time.time()
+    result, pictures = evaluate(models, base.criteria, args.samples, args.seed, args.sampling_steps, args.guidance)
+    result["seconds"] = {"training": seconds, "evaluation": time.time() - start}
+    out = Path(args.out)
+    stem = "report" if args.name == "target" else f"report_{args.name}"
+    (out / f"{stem}.json").write_text(json.dumps(result, indent=1))
+    show = min(16, args.samples)
+    images = np.concatenate([pictures["base"][:show], pictures[args.name][:show]])
+    captions = [list(base.text.captions)[1:][i % (len(base.text.captions) - 1)] for i in range(show)] * 2
+    save_grid(out / f"{stem}.png", images, captions, columns=show, zoom=3, titles=["base", f"{args.name}: the same captions and seeds"])
+    print(table(result))
+    print(f"{out / f'{stem}.json'} and .png written; {seconds:.0f} s of training, {time.time() - start:.0f} s of evaluation")
+    return result
+
+
+def main(argv=None):
+    """Parse the flags, train what is missing, align, report; returns the report (or the last log line with --samples 0)."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add_common_arguments(parser)
+    add_sft_arguments(parser)
+    add_cpo_arguments(parser)
+    args = parser.parse_args(argv)
+    start = time.time()
+    data = load_data(args)
+    base, auxiliary = ensure_models(args, data)
+    target, line = align(args, data, base, auxiliary)
+    if args.samples == 0:
+        return line
+    return report(args, base, auxiliary, target, time.time() - start)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,115 @@
+"""Stage 1: supervised fine-tuning gives the auxiliary model the expert's knowledge.
+
+    python train_sft.py                          # trains what is missing: out/base.pt, then out/auxiliary.pt
+    python train_sft.py --data paintings         # the same from a folder with metadata.jsonl
+
+The *base* model is trained on plain captions; it stands for the public model that the paper starts from. The *auxiliary* model
+starts as a copy of it and sees prompts that also list an image's positive and negative attributes (2601.04300, stage 1).
+"""
+import argparse
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from nanocpo.data import to_images
+from nanocpo.evaluate import all_prompts
+from nanocpo.grid import save_grid
+from nanocpo.losses import sft_loss
+from nanocpo.model import Model, load_model
+from nanocpo.train import (Recipe, add_common_arguments, draw, drop_caption, finished, fit, load_data, noised, pick_device)
+
+
+def add_sft_arguments(parser):
+    """The flags of stage 1; train_cpo.py has them too, since it runs what is missing. The values are ours."""
+    parser.add_argument("--base", help="start from this checkpoint instead of training OUT/base.pt")
+    parser.add_argument("--base-steps", type=int, default=3000, help="steps of the base model on plain captions")
+    parser.add_argument("--base-lr", type=float, default=3e-3)
+    parser.add_argument("--sft-steps", type=int, default=1500, help="steps of the auxiliary model")
+    parser.add_argument("--sft-lr", type=float, default=2e-3)
+
+
+def attribute_prompts(criteria, batch, generator):
+    """SFT prompts: each image's caption with a random part of its annotation, so that every kind of prompt that is asked for
+    later was seen: all attributes, some, only one side, none; and a dropped caption for guidance (shares: ours)."""
+    annotations = batch.annotations.copy()                                # (B, leaves)
+    count, leaves = annotations.shape
+    kind, keep, mask = (torch.rand(shape, generator=generator).numpy() for shape in ((count,), (count, 1), (count, leaves)))
+    annotations[(kind[:, None] >= 0.4) & (mask >= keep)] = 0              # 40 % keep everything, 60 % a random share
+    annotations[(kind < 0.1)[:, None] & (annotations < 0)] = 0            # 10 % only the positive ones
+    annotations[((kind >= 0.1) & (kind < 0.2))[:, None] & (annotations > 0)] = 0                      # 10 % only the negative
+    annotations[kind >= 0.9] = 0                                          # 10 % nothing but the caption
+    captions = drop_caption(batch.captions, generator)
+    return [criteria.prompt(caption, a) for caption, a in zip(captions, annotations)]
+
+
+def train_base(args, data, device):
+    """The base model from nothing, on plain captions -> OUT/base.pt."""
+    torch.manual_seed(args.seed)
+    model = Model(data.criteria, sorted(set(data.captions))).to(device)
+    train = data.split("train")
+
+    def loss_step(model, generator):
+        batch = draw(train, args.batch, generator)
+        xt, t, _, goal = noised(model, batch.images, generator)
+        prompts = [data.criteria.prompt(caption) for caption in drop_caption(batch.captions, generator)]
+        return *sft_loss(model(xt, t, prompts), goal), t
+
+    return run_stage(args, model, loss_step, "base", args.base_steps, args.base_lr, kinds=("plain",))
+
+
+def train_auxiliary(args, data, base):
+    """A copy of the base model, tuned on captions with attributes -> OUT/auxiliary.pt."""
+    model = base.frozen_copy().requires_grad_(True)
+    train = data.split("train")
+
+    def loss_step(model, generator):
+        batch = draw(train, args.batch, generator)
+        xt, t, _, goal = noised(model, batch.images, generator)
+        return *sft_loss(model(xt, t, attribute_prompts(data.criteria, batch, generator)), goal), t
+
+    return run_stage(args, model, loss_step, "auxiliary", args.sft_steps, args.sft_lr, kinds=("plain", "positive", "negative"))
+
+
+def run_stage(args, model, loss_step, name, steps, lr, kinds=("plain",)):
+    """fit() with the script's flags, and a grid every so often: a row for each kind of prompt, always the same noise."""
+    captions = [list(model.text.captions)[1:][i % (len(model.text.captions) - 1)] for i in range(8)]
+    prompts = dict(zip(("plain", "positive", "negative"), all_prompts(model.criteria, captions)))
+
+    def pictures(average, step):
+        images = np.concatenate([to_images(average.sample(prompts[kind], seed=args.seed)) for kind in kinds])
+        titles = [f"{name}, step {step}: {kind} prompt" for kind in kinds]
+        save_grid(Path(args.out) / "samples" / f"{name}_{step:05d}.png", images, captions * len(kinds), titles=titles)
+
+    return fit(model, loss_step, Recipe(steps=steps, lr=lr, batch=args.batch), Path(args.out) / f"{name}.pt", name=name,
+               seed=args.seed, bf16=args.bf16, resume=args.resume, save_every=args.save_every, pictures=pictures,
+               sample_every=args.sample_every)
+
+
+def ensure_models(args, data):
+    """(base, auxiliary): loaded where a finished checkpoint exists in OUT, trained where none does."""
+    device, out, models = pick_device(args.device), Path(args.out), {}
+    for name, make in (("base", lambda: train_base(args, data, device)), ("auxiliary", lambda: train_auxiliary(args, data, models["base"]))):
+        path = Path(args.base) if name == "base" and args.base else out / f"{name}.pt"
+        if path == out / f"{name}.pt" and not finished(path):
+            make()
+        models[name] = load_model(path, device)
+        if models[name].criteria.to_dict() != data.criteria.to_dict():
+            raise ValueError(f"{path} was trained with another tree than {args.data}; choose another --out, or delete the file")
+        if set(data.captions) - set(models[name].text.captions):
+            raise ValueError(f"{path} does not know all captions of {args.data}; choose another --out, or delete the file")
+    return models["base"], models["auxiliary"]
+
+
+def main(argv=None):
+    """Parse the flags, train, return the last lines of both logs."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add_common_arguments(parser)
+    add_sft_arguments(parser)
+    args = parser.parse_args(argv)
+    data = load_data(args)
+    return ensure_models(args, data)
+
+
+if __name__ == "__main__":
+    main()
