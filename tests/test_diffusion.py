@@ -100,6 +100,7 @@ def test_timesteps_for_every_count():
         times = diffusion.timesteps(count)
         assert len(times) == count and times[0] == 999 and times[-1] >= 0 and (times.diff() < 0).all(), count
     assert diffusion.timesteps(4).tolist() == [999, 749, 499, 249]
+    assert diffusion.timesteps(7).tolist() == [999, 856, 713, 570, 428, 285, 142]          # rounded, not cut
     assert diffusion.timesteps(1000).tolist() == list(range(999, -1, -1))
 
 

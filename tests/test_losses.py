@@ -494,7 +494,7 @@ def test_dpo_gradient_is_finite_where_the_winner_is_met(rule):
     """lam is detached: the slope of |g_win| at 0 is infinite, and 0 times it would be nan."""
     eps_win, ref_win, eps_lose, ref_lose, goal_lose = randn(5)
     loss, _ = dpo_loss(eps_win.requires_grad_(), ref_win, eps_win.detach(), eps_lose, ref_lose, goal_lose, 1.7, rule, 0.5)
-        assert torch.autograd.grad(loss, eps_win)[0].abs().max() < 1e-15                  # not nan; rounding may leave 1e-19
+    assert torch.autograd.grad(loss, eps_win)[0].abs().max() < 1e-15   # not nan; rounding may leave 1e-19
 
 
 # ---------------------------------------------------------------------------------------------------------- precision

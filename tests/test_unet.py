@@ -76,7 +76,7 @@ def pair(request):
     return ours, theirs
 
 
-@pytest.mark.parametrize("size", [(16, 16), (24, 16), (18, 13)], ids=str)     # 18 x 13: neither side is divisible by 8, or by 4
+@pytest.mark.parametrize("size", [(16, 16), (24, 16), (18, 13)], ids=str)     # 18 x 13: neither side is divisible by 8 or 4
 def test_outputs_and_gradients_equal_diffusers(pair, size):
     ours, theirs = pair
     x, context, t = randn(2, 4, *size, seed=2), randn(2, 7, 24, seed=3), torch.tensor([17, 903])
@@ -160,8 +160,12 @@ def test_no_context_and_no_vector_need_no_modules():
 def test_dropout_acts_in_training_only():
     torch.manual_seed(0)
     model = UNet(UNetConfig(channels=(8, 16), depth=(0, 1), heads=(2, 2), groups=4, dropout=0.5)).double()
-    inputs = toy_inputs((6, 6))
+    inputs, reached, places = toy_inputs((6, 6)), set(), [m for m in model.modules() if isinstance(m, nn.Dropout)]
+    for place in places:
+        place.register_forward_hook(lambda module, *_: reached.add(module))
     assert not torch.equal(model(*inputs), model(*inputs))
+    assert reached == set(places) and all(place.p == 0.5 for place in places)
+    assert {name.split(".")[-1] for name, m in model.named_modules() if m in reached} == {"dropout", "1"}     # ResBlock, others
     model.eval()
     assert torch.equal(model(*inputs), model(*inputs))
 
