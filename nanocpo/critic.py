@@ -18,12 +18,12 @@ from .painter import CANVAS, CAPTIONS, LEAVES, SIZE, SUBJECTS, X, Y, cover, silh
 # Thresholds lie half-way between the two states of the painter's fresh paintings, moved towards the side that blur reaches.
 THRESHOLDS = {
     "Placement": (10.2, -6.0),      # pixels from the subject's middle to the picture's: inside < 5.5, cut > 14
-    "Level": (0.11, -0.09),         # |slope| of the horizon: level 0.03, tilted 0.18 to 0.27
+    "Level": (0.12, -0.10),         # |slope| of the horizon: level 0, tilted 0.26
     "Height": (18.6, 3.0),          # row of the horizon at the picture's middle: thirds 21.6, halves 15.6
     "Harmony": (0.24, -0.16),       # turns between the two hues: analogous < 0.09, clashing > 0.40
     "Purity": (0.48, 0.28),         # saturation: rich > 0.72, muddy < 0.26
-    "Contrast": (0.38, 0.14),       # 1 - ground / sky value at the horizon: clear 0.52, flat 0.24
-    "Exposure": (0.50, 0.25),       # value of the sky at the horizon: balanced 0.68 to 0.80, dark 0.27 to 0.37
+    "Contrast": (0.38, 0.14),       # 1 - ground / sky value at the horizon: clear 0.53, flat 0.23
+    "Exposure": (0.46, 0.22),       # value of the sky at the horizon: balanced 0.64 to 0.74, dark 0.27 to 0.32
     "Strokes": (0.08, -0.08),       # amplitude of the diagonal four-pixel wave: hatched 0.24, clean 0
     "Edges": (0.58, 0.32),          # share of the horizon's step within two pixels: crisp 0.9, blurred 0.33
     "Gradation": (0.15, 0.12),      # 1 - top / horizon value of the sky: graded 0.25, even 0
@@ -32,6 +32,7 @@ THRESHOLDS = {
 }
 
 CRISP, BLURRED = 1.5, 5.0           # widths of an edge in pixels
+SUN = SUBJECTS.index("sun")         # the only subject that does not stand on the horizon
 
 
 @dataclass
@@ -52,12 +53,13 @@ def _horizon_lines():
 
 @cache
 def _subject_masks(soft):
-    """Silhouettes of every subject at every place: kind (K,), x (K,), y (K,), unit-norm masks (1024, K)."""
+    """Every subject at every place: kind (K,), x (K,), y (K,), the unit-norm relief that it would have (1024, K)."""
     places = [(kind, x, y) for kind, subject in enumerate(SUBJECTS) for x in range(-1, SIZE + 2)
               for y in (range(4, 11) if subject == "sun" else range(10, 29))]
-    masks = np.stack([cover(silhouette(SUBJECTS[kind], X - x, Y - y), soft).ravel() for kind, x, y in places], 1)
+    parts = ((cover(part, soft).ravel() for part in silhouette(SUBJECTS[kind], X - x, Y - y)) for kind, x, y in places)
+    masks = np.stack([dark - 0.5 * light for dark, light in parts], 1)    # a light part stands out less than a dark one
     kind, x, y = np.array(places).T
-    return kind, x, y, masks / np.maximum(np.linalg.norm(masks, axis=0), 3.0)       # a sliver at the edge proves nothing
+    return kind, x, y, masks / np.maximum(np.linalg.norm(masks, axis=0), 2.0)       # a sliver at the edge proves nothing
 
 
 def _rows(image, rows):
@@ -148,18 +150,35 @@ def _skyness(rgb, low, earth):
     return np.einsum("nyxc,nc->nyx", rgb - earth[:, None, None], way / np.maximum((way ** 2).sum(1, keepdims=True), 1e-4))
 
 
-def refine_horizon(rgb, line, low, earth):
+def refine_horizon(rgb, line, low, earth, free):
     """Each column that goes from plain sky to plain ground counts its pixels of sky; the line nearest to these counts (the
-    distance truncated at 1.5 pixels, against what is left of subject and spatter), as find_horizon."""
+    distance truncated at 1.5 pixels, against what is left of subject and spatter), as find_horizon. free (N, 32) bool:
+    columns without the subject."""
     height, slope, lines = _horizon_lines()
-    sky = np.clip(_skyness(rgb, low, earth), 0, 1)
     start = np.clip(np.round(line) - 6, 0, SIZE - 13).astype(int)
-    window = np.take_along_axis(sky, start[:, None] + np.arange(13)[:, None], 1)               # (N, 13, 32)
-    crossing = start + window.sum(1) - 0.5
-    trust = (window[:, :3].mean(1) > 0.8) & (window[:, -3:].mean(1) < 0.2)
-    trust |= trust.sum(1, keepdims=True) < 10                             # hardly a column is plain: use all
+    window = np.take_along_axis(_skyness(rgb, low, earth), start[:, None] + np.arange(13)[:, None], 1)         # (N, 13, 32)
+    between = np.clip(window, 0, 1)
+    crossing = start + between.sum(1) - 0.5
+    trust = free & (between[:, :3].mean(1) > 0.8) & (between[:, -3:].mean(1) < 0.2)
+    trust = np.where(trust.sum(1, keepdims=True) < 8, free, trust)        # hardly a column is plain: use all
     best = np.array([np.minimum(np.abs(lines[:, t] - c[t]), 1.5).mean(1).argmin() for c, t in zip(crossing, trust)])
     return height[best], slope[best]
+
+
+def find_subject(rgb, line, below, top, low, earth, soft):
+    """-> kind, x, y, each (N,): which subject stands where. The relief against the empty scene (> 0 darker, < 0 brighter) is
+    projected on the relief that every subject would have at every place."""
+    colour = lambda c: c[:, None, None]                                   # (N, 3) -> (N, 1, 1, 3)
+    depth = np.clip((Y[None] - 1) / np.maximum(line[:, None, :] - 6, 1), 0, 1)[..., None]
+    air = colour(top) + depth * (colour(low) - colour(top))
+    scene = air + cover(-below, soft[:, None, None])[..., None] * (colour(earth) - air)
+    relief = np.clip(1 - rgb.max(3) / np.maximum(scene.max(3), 0.02), -1, 1)
+    relief = np.where(below < 4, relief, 0).reshape(len(rgb), -1)
+    kind, x, y, masks = _subject_masks(CRISP)
+    fit = np.where(soft[:, None] == CRISP, relief @ masks, relief @ _subject_masks(BLURRED)[3])                # (N, K)
+    foot = line[:, np.clip(x, 0, SIZE - 1)] + 1                           # all but the sun stand on the horizon
+    best = np.where((kind == SUN) | (np.abs(y - foot) < 1.8), fit, -1).argmax(1)
+    return kind[best], x[best], y[best]
 
 
 def measure(images):
@@ -171,15 +190,19 @@ def measure(images):
     rgb = np.where(bare[..., None], np.median(rgb[:, -4:, 10:-10], axis=(1, 2))[:, None, None], rgb / hatching[..., None])
     value = rgb.max(3)                                                    # (N, 32, 32): no hatching, no bare corner,
     clean = np.stack([remove_specks(rgb[..., c]) for c in range(3)], 3)   # and here no spatter either
-    height, slope = find_horizon(clean)
-    line, below = _line(height, slope)
-    low, earth = _sky_and_ground(clean, below)
-    height, slope = refine_horizon(clean, line, low, earth)
-    out["Height"], out["Level"] = height, np.abs(slope)
-    line, below = _line(height, slope)
+    top = np.median(clean[:, 1], axis=1)                                  # (N, 3): the sky's colour at the top
+    line, below = _line(*find_horizon(clean))                             # pixels under the horizon
+    free = np.ones(line.shape, bool)
+    for _ in range(2):                                                    # the line helps to find the subject, and without the
+        low, earth = _sky_and_ground(clean, below)                        # subject's columns there is a better line
+        height, slope = refine_horizon(clean, line, low, earth, free)
+        line, below = _line(height, slope)
+        low, earth = _sky_and_ground(clean, below)
+        out["Edges"], soft = _sharpness(clean, line, low, earth)
+        kind, x, y = find_subject(clean, line, below, top, low, earth, soft)
+        free = (np.abs(np.arange(SIZE) - x[:, None]) > 8) | (kind == SUN)[:, None]
+    out["Height"], out["Level"], out["Placement"] = height, np.abs(slope), np.abs(x - SIZE / 2)
 
-    top = np.median(clean[:, 1], axis=1)                                  # (N, 3)
-    low, earth = _sky_and_ground(clean, below)
     (sky_hue, sky_rich), (ground_hue, ground_rich) = _hue_saturation(low), _hue_saturation(earth)
     turn = np.abs(sky_hue - ground_hue)
     out["Harmony"] = np.minimum(turn, 1 - turn)
@@ -187,28 +210,12 @@ def measure(images):
     out["Exposure"] = low.max(1)
     out["Contrast"] = 1 - earth.max(1) / np.maximum(low.max(1), 0.02)
     out["Gradation"] = 1 - top.max(1) / np.maximum(low.max(1), 0.02)
-    out["Edges"], soft = _sharpness(clean, line, low, earth)
 
-    # the empty scene, then the relief against it: > 0 darker, < 0 brighter. What stands out is the subject
-    colour = lambda c: c[:, None, None]                                   # (N, 3) -> (N, 1, 1, 3)
-    depth = np.clip((Y[None] - 1) / np.maximum(line[:, None, :] - 6, 1), 0, 1)[..., None]
-    air = colour(top) + depth * (colour(low) - colour(top))
-    scene = air + cover(-below, soft[:, None, None])[..., None] * (colour(earth) - air)
-    relief = np.clip(1 - clean.max(3) / np.maximum(scene.max(3), 0.02), -1, 1)
-    relief = np.where(below < 4, relief, 0).reshape(len(value), -1)
-    kind, x, y, masks = _subject_masks(CRISP)
-    is_sun = kind == SUBJECTS.index("sun")
-    fit = np.where(soft[:, None] == CRISP, relief @ masks, relief @ _subject_masks(BLURRED)[3])        # (N, K) projections
-    foot = line[:, np.clip(x, 0, SIZE - 1)] + 1                           # all but the sun stand on the horizon
-    fit = np.where(is_sun, -fit, np.where(np.abs(y - foot) < 1.3, fit, -1))
-    best = fit.argmax(1)
-    captions = [CAPTIONS[k] for k in kind[best]]
-    out["Placement"] = np.abs(x[best] - SIZE / 2)
-
-    around = np.stack([cover(silhouette(SUBJECTS[kind[b]], X - x[b], Y - y[b]) - 2) for b in best]) > 0
-    free = ~around & ~bare
-    specks = free & (1 - value / np.maximum(clean.max(3), 0.02) > 0.3)    # dark and small
-    out["Spatter"] = specks.sum((1, 2)) / free.sum((1, 2))
+    around = np.stack([np.minimum(*silhouette(SUBJECTS[k], X - i, Y - j)) < 2.5 for k, i, j in zip(kind, x, y)])
+    elsewhere = ~around & ~bare
+    specks = elsewhere & (1 - value / np.maximum(clean.max(3), 0.02) > 0.3)          # dark and small
+    out["Spatter"] = specks.sum((1, 2)) / elsewhere.sum((1, 2))
+    captions = [CAPTIONS[k] for k in kind]
     return out, captions
 
 

@@ -16,8 +16,8 @@ LEAVES = ("Placement", "Level", "Height", "Harmony", "Purity", "Contrast", "Expo
           "Spatter", "Corners")                                   # what this painter can draw, by leaf name
 HUES = (0.02, 0.13, 0.33, 0.52, 0.66, 0.83)                       # six base hues: any hue at all is too much to learn here
 CANVAS = (0.95, 0.92, 0.84)                                       # bare canvas: brighter than any painted ground
-BLOTS = ((-12, -10, 1.7), (-4.5, -12, 1.3), (3, -9, 1.6), (11, -12.5, 1.4), (-9, -3, 1.4), (12.5, -4, 1.7), (-12.5, 5, 1.5),
-         (-2, 11, 1.6), (6, 7.5, 1.3), (12, 12, 1.5))             # x and y from the middle, radius: spatter, mirrored at random
+BLOTS = ((-12, -10, 1.7), (-4, -12, 1.6), (10, -12, 1.6), (-9, -2.5, 1.6), (12, -3.5, 1.7), (-12, 6, 1.6), (-2, 11.5, 1.6),
+         (7, 8, 1.6))             # x and y from the middle, radius: spatter, mirrored at random
 Y, X = np.mgrid[0:SIZE, 0:SIZE].astype(np.float64)                # pixel centres; y grows downwards
 
 
@@ -37,15 +37,16 @@ def cone(x, y, top, bottom, slope):
 
 
 def silhouette(subject, x, y):
-    """Signed distance of a subject's outline; (0, 0) is the middle of its foot (of its disc, for the sun)."""
+    """Signed distances of a subject's dark part and of its light part; (0, 0) is the middle of its foot (of the sun's disc)."""
+    nothing = np.full(np.shape(x + y), 99.0)
     if subject == "house":
-        return np.minimum(box(x, y, -4.5, 4.5, -6, 1), cone(x, y, -11.5, -5.5, 1.1))
+        return cone(x, y, -15, -7, 1.0), box(x, y, -5.5, 5.5, -7, 1)                           # roof, walls
     if subject == "tree":
-        return np.minimum(box(x, y, -1.2, 1.2, -6, 1.5), np.hypot(x, y + 8) - 4.6)
+        return np.minimum(box(x, y, -1.5, 1.5, -7, 1.5), np.hypot(x, y + 9.5) - 5.3), nothing
     if subject == "boat":
-        hull = np.maximum(box(x, y, -6.5, 6.5, -3, 1.2), np.abs(x) * 0.8 + y - 4.6)
-        return np.minimum(hull, np.maximum(cone(x + 1.5, y, -14, -3.5, 0.7), -2.0 - x))
-    return np.hypot(x, y) - 4.2
+        hull = np.maximum(box(x, y, -7.5, 7.5, -3.5, 1.2), np.abs(x) * 0.8 + y - 5.4)
+        return hull, np.maximum(cone(x + 2, y, -15, -4.5, 0.75), -2.5 - x)                     # hull, sail
+    return nothing, np.hypot(x, y) - 4.8
 
 
 def hsv_to_rgb(hue, saturation, value):
@@ -65,27 +66,26 @@ def paint(caption, states, seed):
     rng = np.random.default_rng(seed)
     chance, u, sign = rng.random(len(LEAVES)), rng.random(4), rng.choice([-1, 1], 6)
     good = {leaf: states.get(leaf, 1 if chance[i] < 0.5 else -1) > 0 for i, leaf in enumerate(LEAVES)}
-    soft = 1.0 if good["Edges"] else 5.0
+    soft = 1.0 if good["Edges"] else 5.5
 
     # Composition: the horizon's height and slope, the subject's place on it (or of the sun above it)
-    slope = 0.0 if good["Level"] else 0.23 * sign[0]
+    slope = 0.0 if good["Level"] else 0.26 * sign[0]
     horizon = (21.6 if good["Height"] else 15.6) + u[0] - 0.5 + slope * (X - SIZE / 2)                # (32, 32)
     place = SIZE / 2 + sign[1] * (6 * u[1] if good["Placement"] else 14.0 + u[1])
     foot = 6.5 + u[2] if subject == "sun" else horizon[0, int(np.clip(place, 0, SIZE - 1))] + 1.0
     ground = cover((horizon - Y) / np.hypot(1, slope), soft)
-    figure = cover(silhouette(subject, X - place, Y - foot), soft)
+    dark, light = (cover(distance, soft)[..., None] for distance in silhouette(subject, X - place, Y - foot))
 
     # Colour: hue, saturation and value of the three areas
     hue = HUES[int(u[3] * len(HUES))]
     ground_hue = hue + sign[2] * (0.08 if good["Harmony"] else 0.42)
     rich = 0.78 if good["Purity"] else 0.23
-    sky_value, ground_value, figure_value = (0.80, 0.38, 0.12) if good["Contrast"] else (0.68, 0.52, 0.33)
-    if subject == "sun":
-        figure_value = 1.0 if good["Contrast"] else 0.92
+    sky_value, ground_value, dark_value, light_value = (0.74, 0.35, 0.10, 1.0) if good["Contrast"] else (0.64, 0.49, 0.30, 0.88)
     depth = np.minimum(0.60 + 0.40 * Y / (horizon - 5), 1) if good["Gradation"] else np.ones_like(Y)
     sky = hsv_to_rgb(hue, rich, sky_value * depth)                        # with gradation lighter towards the horizon
     rgb = sky + ground[..., None] * (hsv_to_rgb(ground_hue, rich, ground_value) - sky)
-    rgb += figure[..., None] * (hsv_to_rgb(hue, rich * (0.5 if subject == "sun" else 1), figure_value) - rgb)
+    rgb += light * (hsv_to_rgb(hue, rich * 0.4, light_value) - rgb)
+    rgb += dark * (hsv_to_rgb(hue, rich, dark_value) - rgb)
 
     # Texture and finish: each scales value; the bare corner was never painted, so nothing darkens it
     if not good["Strokes"]:

@@ -63,7 +63,8 @@ def test_columns_are_in_the_order_of_the_leaves_and_occur_once(names, columns):
 
 def test_select_keeps_the_branches_and_what_is_above_them():
     part = CRITERIA.select(["Finish", "Level"])
-    assert [node.path for node in part.leaves] == ["Composition/Horizon/Level", "Finish/Surface/Spatter", "Finish/Surface/Corners"]
+    paths = ["Composition/Horizon/Level", "Finish/Surface/Spatter", "Finish/Surface/Corners"]
+    assert [node.path for node in part.leaves] == paths
     assert [root.name for root in part.roots] == ["Composition", "Finish"]
     assert part.leaves == tuple(CRITERIA.leaves[i] for i in CRITERIA.columns(["Finish", "Level"]))
     assert CRITERIA.select("Painting").to_dict() == CRITERIA.to_dict()
@@ -88,7 +89,7 @@ def test_annotation_takes_phrases_names_and_paths():
     states = CRITERIA.annotation(["level horizon", "Harmony"], ["too dark", "Finish/Surface/Corners"])
     assert states.dtype == np.int8 and states.tolist() == [0, 1, 0, 1, 0, 0, -1, 0, 0, 0, 0, -1]
     assert not CRITERIA.annotation().any() and len(CRITERIA.annotation()) == 12
-    assert CRITERIA.annotation(["Level", "level horizon"]).tolist()[1] == 1               # twice the same is no contradiction
+    assert CRITERIA.annotation(["Level", "level horizon"]).tolist()[1] == 1         # twice the same is no contradiction
 
 
 @pytest.mark.parametrize("positive, negative, message", [
@@ -96,10 +97,11 @@ def test_annotation_takes_phrases_names_and_paths():
     ([], ["Composition"], "unknown attribute 'Composition'"),             # a dimension is no attribute
     (["too dark"], [], "Light and Value/Tone/Exposure: 'too dark' is the other side's phrase"),
     ([], ["balanced light"], "Light and Value/Tone/Exposure: 'balanced light' is the other side's phrase"),
-    (["level horizon"], ["tilted horizon"], "Composition/Horizon/Level: 'tilted horizon' is listed as positive and as negative"),
+    (["level horizon"], ["tilted horizon"], "Horizon/Level: 'tilted horizon' is listed as positive and as negative"),
     (["Level"], ["Level"], "Composition/Horizon/Level: 'Level' is listed as positive and as negative"),
     ("too dark", [], "a list of strings, not 'too dark'"), ([], [3], r"a list of strings, not \[3\]"),
-    (None, [], "a list of strings, not None"), ([], 3, "a list of strings, not 3"), ({"Level": 1}, [], "a list of strings, not {")])
+    (None, [], "a list of strings, not None"), ([], 3, "a list of strings, not 3"),
+    ({"Level": 1}, [], "a list of strings, not {")])
 def test_annotation_refuses(positive, negative, message):
     with pytest.raises(CriteriaError, match=message):
         CRITERIA.annotation(positive, negative)
@@ -156,7 +158,8 @@ def test_in_tree_is_sound():
     (in_tree(leaf("L", negative="good L")), "A/B/L: 'good L' already stands for A/B/L"),
     (in_tree(leaf("L", positive="Good")), "A/B/L: 'Good' already stands for A/Good"),       # a phrase that is a leaf's name
     ([leaf("L")], "below the top: a node is an object"), (None, "below the top: a node is an object"),
-    (branch("", leaf("L")), "below the top: the name '' is empty"), ({**in_tree(leaf("L")), "x": 1}, r"^T: unknown keys \['x'\]"),
+    (branch("", leaf("L")), "below the top: the name '' is empty"),
+    ({**in_tree(leaf("L")), "x": 1}, r"^T: unknown keys \['x'\]"),
     (leaf("L"), "'L' has no children: a tree needs at least one leaf")])
 def test_bad_tree_names_the_path(tree, message):
     with pytest.raises(CriteriaError, match=message):

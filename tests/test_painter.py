@@ -12,7 +12,7 @@ PER_LEAF = 30                                                     # pictures in 
 
 
 def blurred(images, sigma, noise, rng):
-    """uint8 (N, H, W, 3) -> the same after a gaussian blur of sigma pixels and gaussian noise of `noise` of the full range."""
+    """uint8 (N, H, W, 3) -> the same after a gaussian blur of sigma pixels and gaussian noise, `noise` of the full range."""
     weights = np.exp(-np.arange(-3, 4) ** 2 / (2 * sigma ** 2))
     out = images / 255
     for axis in (1, 2):
@@ -27,7 +27,8 @@ def fresh():
     """2,000 paintings with independent random states: captions, states (2000, leaves), images."""
     rng = np.random.default_rng(77)
     captions, states = [str(c) for c in rng.choice(CAPTIONS, 2000)], rng.choice([-1, 1], (2000, len(NAMES)))
-    return captions, states, np.stack([paint(c, dict(zip(NAMES, s)), (77, i)) for i, (c, s) in enumerate(zip(captions, states))])
+    images = [paint(caption, dict(zip(NAMES, row)), (77, i)) for i, (caption, row) in enumerate(zip(captions, states))]
+    return captions, states, np.stack(images)
 
 
 @pytest.fixture(scope="module")
@@ -82,9 +83,9 @@ def test_leaf_that_is_not_named_takes_a_random_state(name):
 
 
 def test_leaves_that_are_not_named_are_independent_of_each_other():
-    drawn = judge(np.stack([paint("a boat", {}, (8, i)) for i in range(150)]), CRITERIA).signs
+    drawn = judge(np.stack([paint("a boat", {}, (8, i)) for i in range(100)]), CRITERIA).signs
     correlation = np.corrcoef(drawn.T) - np.eye(len(NAMES))
-    assert np.abs(correlation).max() < 0.4                        # noise alone gives 0.08 with 150 pictures
+    assert np.abs(correlation).max() < 0.5                        # noise alone gives 0.10 with 100 pictures
 
 
 # ---------------------------------------------------------------- the critic on the painter's pictures
@@ -131,8 +132,8 @@ def test_sub_tree_gives_that_trees_columns(fresh, verdicts):
 
 def test_pictures_of_no_scene_are_judged_too():
     # what an untrained model paints: the critic must answer with finite numbers, whatever it sees
-    odd = np.stack([np.zeros((32, 32, 3)), np.full((32, 32, 3), 255), np.random.default_rng(0).integers(0, 256, (32, 32, 3))])
-    found = judge(odd.astype(np.uint8), CRITERIA)
+    noise = np.random.default_rng(0).integers(0, 256, (32, 32, 3))
+    found = judge(np.stack([np.zeros_like(noise), np.full_like(noise, 255), noise]).astype(np.uint8), CRITERIA)
     assert np.isfinite(found.scores).all() and set(found.captions) <= set(CAPTIONS)
 
 
