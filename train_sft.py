@@ -23,10 +23,10 @@ from nanocpo.train import (Recipe, add_common_arguments, draw, drop_caption, fin
 def add_sft_arguments(parser):
     """The flags of stage 1; train_cpo.py has them too, since it runs what is missing. The values are ours."""
     parser.add_argument("--base", help="start from this checkpoint instead of training OUT/base.pt")
-    parser.add_argument("--base-steps", type=int, default=3000, help="steps of the base model on plain captions")
-    parser.add_argument("--base-lr", type=float, default=3e-3)
-    parser.add_argument("--sft-steps", type=int, default=1500, help="steps of the auxiliary model")
-    parser.add_argument("--sft-lr", type=float, default=2e-3)
+    parser.add_argument("--base-steps", type=int, default=2000, help="steps of the base model on plain captions")
+    parser.add_argument("--base-lr", type=float, default=2e-3)
+    parser.add_argument("--sft-steps", type=int, default=1000, help="steps of the auxiliary model")
+    parser.add_argument("--sft-lr", type=float, default=1e-3)
 
 
 def attribute_prompts(criteria, batch, generator):
@@ -102,7 +102,7 @@ def ensure_models(args, data):
 
 
 def main(argv=None):
-    """Parse the flags, train, return the last lines of both logs."""
+    """Parse the flags, train what is missing; returns (base, auxiliary)."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add_common_arguments(parser)
     add_sft_arguments(parser)

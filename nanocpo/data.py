@@ -96,8 +96,10 @@ def from_painter(criteria=None, count=16000, regime="flawed", judged=0.9, seed=0
                             "Give a folder of pictures for another tree")
     if regime not in ("flawed", "mixed", "positive"):
         raise ValueError(f"regime is flawed, mixed or positive, not '{regime}'")
+    if count < 1 or not 0.5 <= judged <= 1:
+        raise ValueError(f"count must be at least 1 (is {count}) and judged between 0.5 and 1 (is {judged})")
     images, captions, annotations = [], [], []
-    for i in tqdm(range(count), desc="painting", leave=False, disable=count < 5000):
+    for i in tqdm(range(count), desc="painting", leave=False, disable=count < 5000, mininterval=2):
         rng = np.random.default_rng((seed, i))
         captions.append(CAPTIONS[rng.integers(len(CAPTIONS))])
         while True:                                               # rejection: what remains is as random as it can be

@@ -20,7 +20,7 @@ class SpaceToDepth:
     Of the three opponent channels the two that carry hue vary about a third as much as lightness; scaled to the same spread they
     are not the last thing to emerge from the noise. Trained on RGB, the same model paints pictures of mixed-up hues."""
     OPPONENT = torch.tensor([[1, 1, 1], [1, 0, -1], [-1, 2, -1]]) / torch.tensor([3, 2, 6]).sqrt()[:, None]      # orthonormal
-    SCALE, MEAN = torch.tensor([1.0, 2.5, 2.5]), -0.4                     # of the painter's pictures, rounded
+    SCALE, MEAN = torch.tensor([1.4, 3.5, 3.5]), -0.4                     # of the painter's pictures, rounded
 
     def __init__(self, block):
         self.block = block
@@ -113,20 +113,18 @@ def load_checkpoint(path, device="cpu"):
     except FileNotFoundError:
         raise
     except Exception as error:
-        raise ValueError(f"{path}: not a checkpoint of nanocpo, or damaged ({type(error).__name__}: {error}); "
+        raise ValueError(f"{path}: not a checkpoint of nanocpo, or damaged ({type(error).__name__}); "
                          "delete it and train again") from error
     return content
 
 
 def load_model(path, device="cpu"):
     """The model (averaged weights) in a checkpoint file, frozen."""
-    return build_model(load_checkpoint(path, device)).to(device).frozen_copy()
-
-
-def build_model(content):
-    """A checkpoint's dict -> Model with its averaged weights."""
-    config = dict(content["config"])
-    config["unet"] = UNetConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in config["unet"].items()})
-    model = Model(Criteria(content["criteria"]), **config)
-    model.load_state_dict(content["ema"])
-    return model
+    content = load_checkpoint(path, device)
+    config = content["config"]
+    try:
+        model = Model(Criteria(content["criteria"]), **config | {"unet": UNetConfig(**config["unet"])})
+        model.load_state_dict(content["ema"])
+    except (TypeError, KeyError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{path}: its parts do not fit together ({error}); it is of another version") from error
+    return model.to(device).frozen_copy()

@@ -64,20 +64,20 @@ def paint(caption, states, seed):
         raise ValueError(f"this painter cannot draw {sorted(set(states) - set(LEAVES))}; it knows: {', '.join(LEAVES)}")
     subject = caption.removeprefix("a ")
     rng = np.random.default_rng(seed)
-    chance, u, sign = rng.random(len(LEAVES)), rng.random(4), rng.choice([-1, 1], 6)
+    chance, sign = rng.random(len(LEAVES)), rng.choice([-1, 1], 6)
+    hue, third = HUES[rng.integers(len(HUES))], rng.integers(-1, 2)
     good = {leaf: states.get(leaf, 1 if chance[i] < 0.5 else -1) > 0 for i, leaf in enumerate(LEAVES)}
     soft = 1.0 if good["Edges"] else 5.5
 
     # Composition: the horizon's height and slope, the subject's place on it (or of the sun above it)
     slope = 0.0 if good["Level"] else 0.26 * sign[0]
-    horizon = (21.6 if good["Height"] else 15.6) + u[0] - 0.5 + slope * (X - SIZE / 2)                # (32, 32)
-    place = SIZE / 2 + sign[1] * (6 * u[1] if good["Placement"] else 14.0 + u[1])
-    foot = 6.5 + u[2] if subject == "sun" else horizon[0, int(np.clip(place, 0, SIZE - 1))] + 1.0
+    horizon = (21.5 if good["Height"] else 15.5) + slope * (X - SIZE / 2)                              # (32, 32)
+    place = SIZE / 2 + (6 * third if good["Placement"] else 15 * sign[1])
+    foot = 7.0 if subject == "sun" else horizon[0, int(np.clip(place, 0, SIZE - 1))] + 1.0
     ground = cover((horizon - Y) / np.hypot(1, slope), soft)
     dark, light = (cover(distance, soft)[..., None] for distance in silhouette(subject, X - place, Y - foot))
 
     # Colour: hue, saturation and value of the three areas
-    hue = HUES[int(u[3] * len(HUES))]
     ground_hue = hue + sign[2] * (0.08 if good["Harmony"] else 0.42)
     rich = 0.78 if good["Purity"] else 0.23
     sky_value, ground_value, dark_value, light_value = (0.74, 0.35, 0.10, 1.0) if good["Contrast"] else (0.64, 0.49, 0.30, 0.88)

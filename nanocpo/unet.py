@@ -18,8 +18,8 @@ class UNetConfig:
     depth (1, 1, 1, 0), heads (8, 8, 8, 8), layers 2, context_dim 768, 4 channels in and out."""
     in_channels: int = 12
     out_channels: int = 12
-    channels: tuple = (32, 64, 128)     # width of each level; every level but the last halves the size
-    depth: tuple = (0, 0, 1)            # transformer blocks after each residual block of a level
+    channels: tuple = (64, 96, 128)     # width of each level; every level but the last halves the size
+    depth: tuple = (0, 0, 0)            # transformer blocks after each residual block of a level
     mid_depth: int = 1
     heads: tuple = (4, 4, 4)
     layers: int = 1                     # residual blocks of a level (one more on the way up)

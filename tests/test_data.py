@@ -224,7 +224,7 @@ DEFECTS = {
     "outside": (GOOD | {"file_name": "../outside.png"}, "outside.png lies outside the folder"),
     "link to outside": (GOOD | {"file_name": "link.png"}, "link.png lies outside the folder"),
     "link to itself": (GOOD | {"file_name": "loop.png"}, "loop.png"),
-    "absolute": (GOOD | {"file_name": "/etc/hostname"}, "/etc/hostname lies outside the folder"),
+    "absolute": (GOOD | {"file_name": "/elsewhere/picture.png"}, "/elsewhere/picture.png lies outside the folder"),
     "null byte": (GOOD | {"file_name": "a\0.png"}, "is no file name"),
     "half a surrogate pair": (GOOD | {"file_name": "\ud800.png"}, "is no file name"),
     "missing file_name": ({"caption": "a boat"}, "'file_name' is missing or empty"),

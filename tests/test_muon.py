@@ -1,0 +1,51 @@
+"""The optimiser: what Muon's step looks like, and that the rest is AdamW."""
+import pytest
+import torch
+
+from nanocpo.criteria import Criteria
+from nanocpo.model import Model
+from nanocpo.muon import Muon, orthogonalize
+from nanocpo.unet import UNetConfig
+
+
+@pytest.mark.parametrize("shape", [(8, 32), (32, 8), (16, 16)])
+def test_orthogonalize_keeps_directions_and_evens_out_their_sizes(shape):
+    torch.manual_seed(0)
+    matrix = torch.randn(shape) @ torch.diag(torch.logspace(-1, 1, shape[1]))
+    u, _, vh = torch.linalg.svd(matrix, full_matrices=False)
+    out = orthogonalize(matrix)
+    inside = u.T @ out @ vh.T                                     # diagonal, if the singular vectors are kept
+    values = inside.diagonal()
+    assert values.min() > 0.5 and values.max() < 1.4
+    assert (inside - torch.diag(values)).abs().max() < 0.15
+    torch.testing.assert_close(orthogonalize(100 * matrix), out, rtol=0.05, atol=0.05)
+
+
+def test_rest_takes_adamw_steps_and_hidden_weights_do_not():
+    torch.manual_seed(0)
+    config = UNetConfig(channels=(16, 32), depth=(0, 1), heads=(2, 2), groups=8, context_dim=16, vector_dim=16)
+    model = Model(Criteria.load(), ["a boat"], config, text_dim=16)
+    twin = model.frozen_copy().requires_grad_(True)
+    ours = Muon(model, 1e-2, weight_decay=0.1)
+    theirs = torch.optim.AdamW(twin.parameters(), 1e-2, betas=(0.9, 0.99), weight_decay=0.1)
+    for step in range(3):
+        for (name, p), q in zip(model.named_parameters(), twin.parameters()):
+            p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(step))
+            q.grad = p.grad.clone()
+        ours.step()
+        theirs.step()
+    hidden = {id(p) for p in ours.param_groups[0]["params"]}
+    same = {name: torch.allclose(p, q, atol=1e-6) for (name, p), q in zip(model.named_parameters(), twin.parameters())}
+    for name, p in model.named_parameters():
+        inner = p.dim() >= 2 and name.startswith("unet.") and not name.startswith("unet.conv_")
+        assert (id(p) in hidden) == inner and same[name] == (not inner), name
+
+
+def test_muon_step_has_the_stated_size():
+    model = Model(Criteria.load(), ["a boat"])
+    before = model.unet.mid_block.resnets[0].conv1.weight.detach().clone()
+    optimizer = Muon(model, 1e-3, weight_decay=0.0)
+    model.unet.mid_block.resnets[0].conv1.weight.grad = torch.randn_like(before)
+    optimizer.step()
+    moved = (model.unet.mid_block.resnets[0].conv1.weight - before).flatten(1)
+    assert 0.6e-2 < torch.linalg.svdvals(moved).mean() < 1.2e-2   # ten times the learning rate; rows <= columns here
