@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from nanocpo.critic import unmeasured
 from nanocpo.data import to_images
 from nanocpo.evaluate import evaluate, table
 from nanocpo.grid import save_grid
@@ -28,14 +29,14 @@ def add_cpo_arguments(parser):
     parser.add_argument("--method", choices=["cpo", "dpo", "sft"], default="cpo", help="dpo: Diffusion-DPO on pairs of pictures "
                         "with fewer and more negative attributes; sft: plain fine-tuning on the best pictures")
     parser.add_argument("--stabilizer", choices=RULES, default="constant", help="how far the loser's gradient is held back")
-    parser.add_argument("--strength", type=float, default=0.5, help="k, mu or share of the stabilizer (losses.restraint)")
+    parser.add_argument("--strength", type=float, default=0.75, help="k, mu or share of the stabilizer (losses.restraint)")
     parser.add_argument("--beta", type=float, help="preference strength; default: 4 / gap per sample for cpo, 200 for dpo")
-    parser.add_argument("--pairs", choices=["own", "completed", "opposite"], default="completed",
+    parser.add_argument("--pairs", choices=["own", "completed", "opposite"], default="opposite",
                         help="what the auxiliary's two prompts list (preference_prompts)")
     parser.add_argument("--criteria", nargs="+", help="align on these branches of the tree only, by name or path")
     parser.add_argument("--best", type=float, default=0.1, help="share of the data that --method sft keeps")
-    parser.add_argument("--steps", type=int, default=150)
-    parser.add_argument("--lr", type=float, default=5e-4)
+    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--lr", type=float, default=2e-4)
     parser.add_argument("--name", default="target", help="name of the checkpoint, its log and its report row")
     parser.add_argument("--samples", type=int, default=512, help="pictures a row of the report (0: no report)")
     parser.add_argument("--sampling-steps", type=int, default=20)
@@ -129,15 +130,16 @@ def report(args, base, auxiliary, target, seconds):
     models = {"base": (base, "plain"), "auxiliary": (auxiliary, "plain"), "auxiliary_prompted": (auxiliary, "prompted"),
               "auxiliary_guided": (auxiliary, "guided"), args.name: (target, "plain")}
     start = time.time()
-    result, pictures = evaluate(models, base.criteria, args.samples, args.seed, args.sampling_steps, args.guidance)
+    captions = list(base.text.captions)[1:]
+    result, pictures = evaluate(models, base.criteria, captions, args.samples, args.seed, args.sampling_steps, args.guidance)
     result["seconds"] = {"training": seconds, "evaluation": time.time() - start}
     out = Path(args.out)
     stem = "report" if args.name == "target" else f"report_{args.name}"
     (out / f"{stem}.json").write_text(json.dumps(result, indent=1))
     show = min(16, args.samples)
     images = np.concatenate([pictures["base"][:show], pictures[args.name][:show]])
-    captions = [list(base.text.captions)[1:][i % (len(base.text.captions) - 1)] for i in range(show)] * 2
-    save_grid(out / f"{stem}.png", images, captions, columns=show, zoom=3, titles=["base", f"{args.name}: the same captions and seeds"])
+    labels = [captions[i % len(captions)] for i in range(show)] * 2
+    save_grid(out / f"{stem}.png", images, labels, columns=show, zoom=3, titles=["base", f"{args.name}: the same captions and seeds"])
     print(table(result))
     print(f"{out / f'{stem}.json'} and .png written; {seconds:.0f} s of training, {time.time() - start:.0f} s of evaluation")
     return result
@@ -154,7 +156,10 @@ def main(argv=None):
     data = load_data(args)
     base, auxiliary = ensure_models(args, data)
     target, line = align(args, data, base, auxiliary)
-    if args.samples == 0:
+    missing = unmeasured(data.criteria, data.captions)
+    if missing:
+        print(f"no report: the critic has no measure for {', '.join(missing)}; look at OUT/samples and the log instead")
+    if missing or args.samples == 0:
         return line
     return report(args, base, auxiliary, target, time.time() - start)
 

@@ -241,12 +241,16 @@ def _sharpness(rgb, line, low, earth):
     return share, np.where(share > THRESHOLDS["Edges"][0], CRISP, BLURRED)
 
 
+def unmeasured(criteria, captions=()):
+    """What the critic cannot judge of a tree and its captions: leaf paths and captions that the painter does not know."""
+    return [leaf.path for leaf in criteria.leaves if leaf.name not in THRESHOLDS] + sorted(set(captions) - set(CAPTIONS))
+
+
 def judge(images, criteria):
     """images uint8 (N, 32, 32, 3), criteria: a tree whose leaves the painter knows -> Verdicts, leaves in the tree's order.
     Raises ValueError on a leaf that cannot be measured or on another size of picture."""
-    unknown = [leaf.path for leaf in criteria.leaves if leaf.name not in THRESHOLDS]
-    if unknown:
-        raise ValueError(f"the critic has no measure for {', '.join(unknown)}; it knows: {', '.join(LEAVES)}")
+    if unmeasured(criteria):
+        raise ValueError(f"the critic has no measure for {', '.join(unmeasured(criteria))}; it knows: {', '.join(LEAVES)}")
     if np.shape(images)[1:] != (SIZE, SIZE, 3):
         raise ValueError(f"the critic reads pictures of shape ({SIZE}, {SIZE}, 3), not {np.shape(images)[1:]}")
     measures, captions = measure(images)

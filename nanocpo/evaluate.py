@@ -69,7 +69,7 @@ def real_positive(criteria, count, seed=0):
     return measure_row(data.images, data.captions, criteria, verdicts), verdicts
 
 
-def evaluate(models, criteria, samples=512, seed=0, steps=25, guidance=2.0, captions=CAPTIONS):
+def evaluate(models, criteria, captions=CAPTIONS, samples=512, seed=0, steps=25, guidance=2.0):
     """{row name: (model, kind)} -> the report: {"rows": {name: row}, "real_positive": row}, and {name: images}.
 
     kind: "plain" (the caption only), "prompted" (every positive attribute in the prompt), "guided" (the same, guided away from
@@ -113,7 +113,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     models = {path: (load_model(path, args.device), args.kind) for path in args.checkpoints}
     criteria = next(iter(models.values()))[0].criteria
-    report, _ = evaluate(models, criteria, args.samples, args.seed, args.steps, args.guidance)
+    report, _ = evaluate(models, criteria, CAPTIONS, args.samples, args.seed, args.steps, args.guidance)
     print(table(report))
     if args.json:
         with open(args.json, "w") as file:

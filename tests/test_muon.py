@@ -11,8 +11,8 @@ from nanocpo.unet import UNetConfig
 @pytest.mark.parametrize("shape", [(8, 32), (32, 8), (16, 16)])
 def test_orthogonalize_keeps_directions_and_evens_out_their_sizes(shape):
     torch.manual_seed(0)
-    matrix = torch.randn(shape) @ torch.diag(torch.logspace(-1, 1, shape[1]))
-    u, _, vh = torch.linalg.svd(matrix, full_matrices=False)
+    u, s, vh = torch.linalg.svd(torch.randn(shape), full_matrices=False)
+    matrix = u @ torch.diag(torch.logspace(-1, 0, len(s))) @ vh   # singular values from 0.1 to 1
     out = orthogonalize(matrix)
     inside = u.T @ out @ vh.T                                     # diagonal, if the singular vectors are kept
     values = inside.diagonal()

@@ -301,6 +301,20 @@ def test_scripts_from_nothing_to_a_report(tmp_path, capsys):
     assert not np.array_equal(guided, images)
 
 
+def test_own_tree_and_captions_train_without_a_report(tmp_path, capsys):
+    tree = {"name": "Mine", "children": [{"name": "Mood", "positive": "calm", "negative": "restless"}]}
+    data = from_painter(count=12)
+    rows = [{"file_name": f"{i:06d}.png", "caption": "a view", "positive": ["calm"] if i % 2 else [], "negative": [] if i % 2 else
+             ["restless"]} for i in range(12)]
+    data.export(tmp_path / "mine")
+    (tmp_path / "mine" / "criteria.json").write_text(json.dumps(tree))
+    (tmp_path / "mine" / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    line = train_cpo.main(["--data", str(tmp_path / "mine"), "--out", str(tmp_path / "out"), "--base-steps", "2", "--sft-steps", "2", "--steps",
+                           "2", "--batch", "4", "--sample-every", "0", "--device", "cpu"])
+    assert line["step"] == 2 and (tmp_path / "out" / "target.pt").exists() and not (tmp_path / "out" / "report.json").exists()
+    assert "no report" in capsys.readouterr().out
+
+
 def test_exported_folder_trains_to_the_same_bytes_as_the_painter(tmp_path):
     from_painter(count=40, seed=0).export(tmp_path / "paintings")
     flags = ["--base-steps", "3", "--sft-steps", "3", "--batch", "8", "--sample-every", "0", "--device", "cpu"]
