@@ -114,12 +114,11 @@ def test_gradient_is_clipped_and_a_broken_one_stops_the_run(tmp_path):
             loss, logs, t = sft_step(model, generator)
             return loss * factor, logs, t
         return step
-    weights = []
-    for factor in (1e3, 1e6):                                     # far above the clip: only the direction is left
+    for factor, expected in ((1e3, 0.5), (1e-3, None)):           # the gradient that the optimiser saw is still there
         model = tiny_model()
-        fit(model, scaled(factor), Recipe(3, 1e-3, warmup=1), tmp_path / "x.pt", name="x")
-        weights.append(model.unet.conv_in.weight)
-    torch.testing.assert_close(*weights, rtol=1e-3, atol=1e-6)
+        fit(model, scaled(factor), Recipe(1, 1e-3, clip=0.5), tmp_path / "x.pt", name="x")
+        norm = torch.cat([p.grad.flatten() for p in model.parameters()]).norm().item()
+        assert norm == pytest.approx(expected, rel=1e-3) if expected else norm < 0.1
     with pytest.raises(FloatingPointError, match="x, step 0.*x.pt"):
         fit(tiny_model(), scaled(float("nan")), Recipe(3, 1e-3), tmp_path / "x.pt", name="x")
 
