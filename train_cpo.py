@@ -25,7 +25,7 @@ from train_sft import add_sft_arguments, ensure_models, run_stage
 
 
 def add_cpo_arguments(parser):
-    """The flags of stage 2. The values are ours, chosen by measurement (docs/log.md)."""
+    """The flags of stage 2. The values are ours; docs/log.md has the few tries behind them."""
     parser.add_argument("--method", choices=["cpo", "dpo", "sft"], default="cpo", help="dpo: Diffusion-DPO on pairs of pictures "
                         "with fewer and more negative attributes; sft: plain fine-tuning on the best pictures")
     parser.add_argument("--stabilizer", choices=RULES, default="constant", help="how far the loser's gradient is held back")
