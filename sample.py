@@ -44,7 +44,7 @@ def main(argv=None):
     model = load_model(args.checkpoint, pick_device(args.device))
     criteria = model.criteria
     positive, negative = attributes(criteria, args.positive, 1), attributes(criteria, args.negative, -1)
-    captions = [c for c in args.caption or list(model.text.captions)[1:] for _ in range(args.count)]
+    captions = [c for c in args.caption or model.captions for _ in range(args.count)]
     if args.guidance == 1:                                                # one prompt may carry both sides
         both = np.where(positive != 0, positive, negative)
         prompts, away = [criteria.prompt(c, both) for c in captions], None

@@ -130,15 +130,14 @@ def report(args, base, auxiliary, target, seconds):
     models = {"base": (base, "plain"), "auxiliary": (auxiliary, "plain"), "auxiliary_prompted": (auxiliary, "prompted"),
               "auxiliary_guided": (auxiliary, "guided"), args.name: (target, "plain")}
     start = time.time()
-    captions = list(base.text.captions)[1:]
-    result, pictures = evaluate(models, base.criteria, captions, args.samples, args.seed, args.sampling_steps, args.guidance)
+    result, pictures = evaluate(models, base.criteria, base.captions, args.samples, args.seed, args.sampling_steps, args.guidance)
     result["seconds"] = {"training": seconds, "evaluation": time.time() - start}
     out = Path(args.out)
     stem = "report" if args.name == "target" else f"report_{args.name}"
     (out / f"{stem}.json").write_text(json.dumps(result, indent=1))
     show = min(16, args.samples)
     images = np.concatenate([pictures["base"][:show], pictures[args.name][:show]])
-    labels = [captions[i % len(captions)] for i in range(show)] * 2
+    labels = [base.captions[i % len(base.captions)] for i in range(show)] * 2
     save_grid(out / f"{stem}.png", images, labels, columns=show, zoom=3, titles=["base", f"{args.name}: the same captions and seeds"])
     print(table(result))
     print(f"{out / f'{stem}.json'} and .png written; {seconds:.0f} s of training, {time.time() - start:.0f} s of evaluation")

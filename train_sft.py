@@ -73,7 +73,7 @@ def train_auxiliary(args, data, base):
 
 def run_stage(args, model, loss_step, name, steps, lr, kinds=("plain",)):
     """fit() with the script's flags, and a grid every so often: a row for each kind of prompt, always the same noise."""
-    captions = [list(model.text.captions)[1:][i % (len(model.text.captions) - 1)] for i in range(8)]
+    captions = [model.captions[i % len(model.captions)] for i in range(8)]
     prompts = dict(zip(("plain", "positive", "negative"), all_prompts(model.criteria, captions)))
 
     def pictures(average, step):

@@ -17,16 +17,16 @@ from .painter import CANVAS, CAPTIONS, LEAVES, SIZE, SUBJECTS, X, Y, cover, silh
 # measure: (threshold, distance from the threshold to a typical positive painting; negative where less is better).
 # Thresholds lie half-way between the two states of the painter's fresh paintings, moved towards the side that blur reaches.
 THRESHOLDS = {
-    "Placement": (10.2, -6.0),      # pixels from the subject's middle to the picture's: inside < 5.5, cut > 14
+    "Placement": (10.2, -6.0),      # pixels from the subject's middle to the picture's: inside 0 or 6, cut 15
     "Level": (0.12, -0.10),         # |slope| of the horizon: level 0, tilted 0.26
-    "Height": (18.6, 3.0),          # row of the horizon at the picture's middle: thirds 21.6, halves 15.6
-    "Harmony": (0.24, -0.16),       # turns between the two hues: analogous < 0.09, clashing > 0.40
-    "Purity": (0.48, 0.28),         # saturation: rich > 0.72, muddy < 0.26
+    "Height": (18.6, 3.0),          # row of the horizon at the picture's middle: thirds 21.5, halves 15.5
+    "Harmony": (0.24, -0.16),       # turns between the two hues: analogous 0.08, clashing 0.42
+    "Purity": (0.48, 0.28),         # saturation: rich 0.78, muddy 0.23
     "Contrast": (0.38, 0.14),       # 1 - ground / sky value at the horizon: clear 0.53, flat 0.23
     "Exposure": (0.46, 0.22),       # value of the sky at the horizon: balanced 0.64 to 0.74, dark 0.27 to 0.32
-    "Strokes": (0.08, -0.08),       # amplitude of the diagonal four-pixel wave: hatched 0.24, clean 0
+    "Strokes": (0.08, -0.08),       # amplitude of the diagonal four-pixel wave: hatched 0.28, clean 0
     "Edges": (0.58, 0.32),          # share of the horizon's step within two pixels: crisp 0.9, blurred 0.33
-    "Gradation": (0.15, 0.12),      # 1 - top / horizon value of the sky: graded 0.25, even 0
+    "Gradation": (0.15, 0.12),      # 1 - top / horizon value of the sky: graded 0.36, even 0
     "Spatter": (0.025, -0.025),     # area of small dark spots, the subject aside: some 0.08 or none
     "Corners": (0.50, -0.50),       # share of canvas colour in the barer lower corner: all or none
 }
@@ -192,10 +192,10 @@ def measure(images):
     clean = np.stack([remove_specks(rgb[..., c]) for c in range(3)], 3)   # and here no spatter either
     top = np.median(clean[:, 1], axis=1)                                  # (N, 3): the sky's colour at the top
     line, below = _line(*find_horizon(clean))                             # pixels under the horizon
+    low, earth = _sky_and_ground(clean, below)
     free = np.ones(line.shape, bool)
     for _ in range(2):                                                    # the line helps to find the subject, and without the
-        low, earth = _sky_and_ground(clean, below)                        # subject's columns there is a better line
-        height, slope = refine_horizon(clean, line, low, earth, free)
+        height, slope = refine_horizon(clean, line, low, earth, free)     # subject's columns there is a better line
         line, below = _line(height, slope)
         low, earth = _sky_and_ground(clean, below)
         out["Edges"], soft = _sharpness(clean, line, low, earth)

@@ -57,6 +57,11 @@ class Model(nn.Module):
     def device(self):
         return self.unet.conv_in.weight.device
 
+    @property
+    def captions(self):
+        """The captions that it was built for, without the empty one."""
+        return list(self.text.captions)[1:]
+
     def forward(self, xt, t, prompts):
         """xt (B, C, H, W), t (B,), prompts: B Prompts or their tokens (B, 1 + leaves) -> (B, C, H, W)."""
         tokens = prompts if torch.is_tensor(prompts) else self.text.tokens(prompts)
