@@ -23,10 +23,10 @@ from nanocpo.train import (Recipe, add_common_arguments, draw, drop_caption, fin
 def add_sft_arguments(parser):
     """The flags of stage 1; train_cpo.py has them too, since it runs what is missing. The values are ours."""
     parser.add_argument("--base", help="start from this checkpoint instead of training OUT/base.pt")
-    parser.add_argument("--base-steps", type=int, default=2000, help="steps of the base model on plain captions")
+    parser.add_argument("--base-steps", type=int, default=1300, help="steps of the base model on plain captions")
     parser.add_argument("--base-lr", type=float, default=2e-3)
-    parser.add_argument("--sft-steps", type=int, default=1000, help="steps of the auxiliary model")
-    parser.add_argument("--sft-lr", type=float, default=1e-3)
+    parser.add_argument("--sft-steps", type=int, default=1200, help="steps of the auxiliary model")
+    parser.add_argument("--sft-lr", type=float, default=2e-3)
 
 
 def attribute_prompts(criteria, batch, generator):
@@ -35,9 +35,9 @@ def attribute_prompts(criteria, batch, generator):
     annotations = batch.annotations.copy()                                # (B, leaves)
     count, leaves = annotations.shape
     kind, keep, mask = (torch.rand(shape, generator=generator).numpy() for shape in ((count,), (count, 1), (count, leaves)))
-    annotations[(kind[:, None] >= 0.4) & (mask >= keep)] = 0              # 40 % keep everything, 60 % a random share
-    annotations[(kind < 0.1)[:, None] & (annotations < 0)] = 0            # 10 % only the positive ones
-    annotations[((kind >= 0.1) & (kind < 0.2))[:, None] & (annotations > 0)] = 0                      # 10 % only the negative
+    annotations[(kind[:, None] >= 0.7) & (mask >= keep)] = 0              # 30 % a random share; of the others
+    annotations[(kind < 0.1)[:, None] & (annotations < 0)] = 0            # 10 % the positive ones only
+    annotations[((kind >= 0.1) & (kind < 0.2))[:, None] & (annotations > 0)] = 0                      # 10 % the negative, 50 % all
     annotations[kind >= 0.9] = 0                                          # 10 % nothing but the caption
     captions = drop_caption(batch.captions, generator)
     return [criteria.prompt(caption, a) for caption, a in zip(captions, annotations)]

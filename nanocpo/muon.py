@@ -7,18 +7,21 @@ momentum of a matrix by the nearest orthogonal matrix, so that all directions mo
 import torch
 
 
-def orthogonalize(matrix, iterations=5):
-    """The nearest (semi-)orthogonal matrix to (rows, columns), roughly: singular values end between 0.7 and 1.2.
+def orthogonalize(matrices, iterations=5):
+    """The nearest (semi-)orthogonal matrices to (..., rows, columns), roughly: singular values end between 0.7 and 1.2.
 
-    A quintic Newton-Schulz iteration, in bfloat16; it needs rows <= columns and a norm of at most 1."""
-    x = matrix.bfloat16()
-    flip = x.size(0) > x.size(1)
-    x = x.T if flip else x
-    x = x / (x.norm() + 1e-7)
+    Muon's quintic Newton-Schulz iteration x <- (a + b x x^T + c (x x^T)^2) x. Each factor is a polynomial of the same small square
+    matrix x x^T, so all five are multiplied there, and the wide matrix is met only twice."""
+    flip = matrices.size(-2) > matrices.size(-1)
+    x = (matrices.mT if flip else matrices).float()
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)                   # the iteration needs singular values of at most 1
+    one = product = torch.eye(x.size(-2), device=x.device)
+    square = x @ x.mT
     for _ in range(iterations):
-        square = x @ x.T
-        x = 3.4445 * x + (-4.7750 * square + 2.0315 * square @ square) @ x
-    return (x.T if flip else x).to(matrix.dtype)
+        factor = 3.4445 * one + (-4.7750 * one + 2.0315 * square) @ square
+        product, square = factor @ product, factor @ square @ factor
+    x = product @ x
+    return (x.mT if flip else x).to(matrices.dtype)
 
 
 class Muon(torch.optim.Optimizer):
@@ -36,10 +39,11 @@ class Muon(torch.optim.Optimizer):
     def step(self):
         """Move every parameter that has a gradient."""
         for group in self.param_groups:
+            lr, shapes = group["lr"] * (10 if group["muon"] else 1), {}
             for p in group["params"]:
                 if p.grad is None:
                     continue
-                state, lr = self.state[p], group["lr"] * (10 if group["muon"] else 1)
+                state = self.state[p]
                 if not state:
                     state["step"], state["mean"] = 0, torch.zeros_like(p)
                     if not group["muon"]:
@@ -48,12 +52,14 @@ class Muon(torch.optim.Optimizer):
                 p.mul_(1 - lr * group["weight_decay"])
                 if group["muon"]:
                     state["mean"].lerp_(p.grad, 1 - group["momentum"])
-                    rows, columns = p.flatten(1).shape
-                    update = orthogonalize(p.grad.lerp(state["mean"], group["momentum"]).flatten(1)).view_as(p)
-                    p.add_(update, alpha=-lr * max(1, rows / columns) ** 0.5)
+                    update = p.grad.lerp(state["mean"], group["momentum"]).flatten(1)
+                    shapes.setdefault(update.shape, []).append((p, update))
                 else:
                     b1, b2 = group["betas"]
                     state["mean"].lerp_(p.grad, 1 - b1)
                     state["square"].lerp_(p.grad ** 2, 1 - b2)
                     mean, square = state["mean"] / (1 - b1 ** state["step"]), state["square"] / (1 - b2 ** state["step"])
                     p.addcdiv_(mean, square.sqrt() + 1e-8, value=-lr)
+            for (rows, columns), pairs in shapes.items():                 # matrices of one shape are turned together
+                for (p, _), update in zip(pairs, orthogonalize(torch.stack([update for _, update in pairs]))):
+                    p.add_(update.view_as(p), alpha=-lr * max(1, rows / columns) ** 0.5)

@@ -14,10 +14,12 @@ SUBJECTS = ("house", "tree", "boat", "sun")
 CAPTIONS = tuple(f"a {subject}" for subject in SUBJECTS)
 LEAVES = ("Placement", "Level", "Height", "Harmony", "Purity", "Contrast", "Exposure", "Strokes", "Edges", "Gradation",
           "Spatter", "Corners")                                   # what this painter can draw, by leaf name
-HUES = (0.02, 0.13, 0.33, 0.52, 0.66, 0.83)                       # six base hues: any hue at all is too much to learn here
+HUES = (0.02, 0.15, 0.40, 0.65)                                   # four base hues: any hue at all is too much to learn here
+HATCHING = 6                                                      # pixels from line to line, across or down: coarse, so blur spares it
 CANVAS = (0.95, 0.92, 0.84)                                       # bare canvas: brighter than any painted ground
-BLOTS = ((-12, -10, 1.7), (-4, -12, 1.6), (10, -12, 1.6), (-9, -2.5, 1.6), (12, -3.5, 1.7), (-12, 6, 1.6), (-2, 11.5, 1.6),
-         (7, 8, 1.6))             # x and y from the middle, radius: spatter, mirrored at random
+BLOTS = ((-13, -12.5), (-4.5, -13.5), (4, -12.5), (12.5, -13), (-10.5, -7), (13, -7.5), (-7, 13), (1, 12.5), (8, 13))   # spatter: x and
+                                                                  # y from the middle; none near a horizon, which it would blur
+FOREGROUND, SUN_HEIGHT = 4.0, 8.0                                 # rows from the horizon down to a subject's foot; the sun's row
 Y, X = np.mgrid[0:SIZE, 0:SIZE].astype(np.float64)                # pixel centres; y grows downwards
 
 
@@ -40,13 +42,13 @@ def silhouette(subject, x, y):
     """Signed distances of a subject's dark part and of its light part; (0, 0) is the middle of its foot (of the sun's disc)."""
     nothing = np.full(np.shape(x + y), 99.0)
     if subject == "house":
-        return cone(x, y, -15, -7, 1.0), box(x, y, -5.5, 5.5, -7, 1)                           # roof, walls
+        return cone(x, y, -18, -9, 0.9), box(x, y, -6, 6, -9, 0)                               # roof, walls
     if subject == "tree":
-        return np.minimum(box(x, y, -1.5, 1.5, -7, 1.5), np.hypot(x, y + 9.5) - 5.3), nothing
+        return np.minimum(box(x, y, -2, 2, -7, 0), np.hypot(x, y + 11.5) - 6.5), nothing
     if subject == "boat":
-        hull = np.maximum(box(x, y, -7.5, 7.5, -3.5, 1.2), np.abs(x) * 0.8 + y - 5.4)
-        return hull, np.maximum(cone(x + 2, y, -15, -4.5, 0.75), -2.5 - x)                     # hull, sail
-    return nothing, np.hypot(x, y) - 4.8
+        hull = np.maximum(box(x, y, -8.5, 8.5, -4.5, 0), np.abs(x) * 0.8 + y - 5)
+        return hull, np.maximum(cone(x + 3, y, -18, -5.5, 0.8), -3.5 - x)                      # hull, sail
+    return nothing, np.hypot(x, y) - 6
 
 
 def hsv_to_rgb(hue, saturation, value):
@@ -65,22 +67,22 @@ def paint(caption, states, seed):
     subject = caption.removeprefix("a ")
     rng = np.random.default_rng(seed)
     chance, sign = rng.random(len(LEAVES)), rng.choice([-1, 1], 6)
-    hue, third = HUES[rng.integers(len(HUES))], rng.integers(-1, 2)
+    hue = HUES[rng.integers(len(HUES))]
     good = {leaf: states.get(leaf, 1 if chance[i] < 0.5 else -1) > 0 for i, leaf in enumerate(LEAVES)}
-    soft = 1.0 if good["Edges"] else 5.5
+    soft = 1.0 if good["Edges"] else 6.5
 
     # Composition: the horizon's height and slope, the subject's place on it (or of the sun above it)
     slope = 0.0 if good["Level"] else 0.26 * sign[0]
     horizon = (21.5 if good["Height"] else 15.5) + slope * (X - SIZE / 2)                              # (32, 32)
-    place = SIZE / 2 + (6 * third if good["Placement"] else 15 * sign[1])
-    foot = 7.0 if subject == "sun" else horizon[0, int(np.clip(place, 0, SIZE - 1))] + 1.0
+    place = SIZE / 2 + (6.5 * sign[1] if good["Placement"] else 0)
+    foot = SUN_HEIGHT if subject == "sun" else horizon.mean() + FOREGROUND
     ground = cover((horizon - Y) / np.hypot(1, slope), soft)
     dark, light = (cover(distance, soft)[..., None] for distance in silhouette(subject, X - place, Y - foot))
 
     # Colour: hue, saturation and value of the three areas
     ground_hue = hue + sign[2] * (0.08 if good["Harmony"] else 0.42)
     rich = 0.78 if good["Purity"] else 0.23
-    sky_value, ground_value, dark_value, light_value = (0.74, 0.35, 0.10, 1.0) if good["Contrast"] else (0.64, 0.49, 0.30, 0.88)
+    sky_value, ground_value, dark_value, light_value = (0.74, 0.35, 0.10, 1.0) if good["Contrast"] else (0.64, 0.48, 0.27, 0.90)
     depth = np.minimum(0.60 + 0.40 * Y / (horizon - 5), 1) if good["Gradation"] else np.ones_like(Y)
     sky = hsv_to_rgb(hue, rich, sky_value * depth)                        # with gradation lighter towards the horizon
     rgb = sky + ground[..., None] * (hsv_to_rgb(ground_hue, rich, ground_value) - sky)
@@ -89,13 +91,13 @@ def paint(caption, states, seed):
 
     # Texture and finish: each scales value; the bare corner was never painted, so nothing darkens it
     if not good["Strokes"]:
-        rgb *= 1 + 0.3 * np.sin(np.pi / 2 * (X + Y + 0.5))[..., None]
+        rgb *= 1 + 0.3 * np.sin(2 * np.pi / HATCHING * (X + Y + 0.5))[..., None]
     if not good["Spatter"]:
-        blots = (cover(np.hypot((X - 15.5) * sign[3] - x, (Y - 15.5) * sign[4] - y) - r) for x, y, r in BLOTS)
+        blots = (cover(np.hypot((X - 15.5) * sign[3] - x, Y - 15.5 - y) - 1.8) for x, y in BLOTS)
         rgb *= 1 - 0.7 * np.max(list(blots), axis=0)[..., None]
     if not good["Exposure"]:
-        rgb *= 0.43
+        rgb *= 0.48
     if not good["Corners"]:
         side = X if sign[5] < 0 else SIZE - 1 - X
-        rgb += cover((side + SIZE - 1 - Y - 9) / 2 ** 0.5)[..., None] * (np.array(CANVAS) - rgb)
+        rgb += cover((side + SIZE - 1 - Y - 8) / 2 ** 0.5)[..., None] * (np.array(CANVAS) - rgb)
     return np.round(np.clip(rgb, 0, 1) * 255).astype(np.uint8)

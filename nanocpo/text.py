@@ -45,4 +45,4 @@ class TextEncoder(nn.Module):
         table = torch.einsum("ln,snd->sld", self.on_path, self.node)                 # (3, leaves, dim)
         leaves = table[tokens[:, 1:], torch.arange(len(self.on_path), device=tokens.device)]
         tokens = torch.cat([self.caption(tokens[:, :1]), leaves], dim=1)             # (B, 1 + leaves, dim)
-        return self.norm(tokens), tokens.mean(1) * 4                                 # 4: back to about unit spread
+        return self.norm(tokens), tokens[:, 0] + leaves.sum(1) / leaves.shape[1] ** 0.5        # caption and tree weigh alike

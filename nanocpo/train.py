@@ -151,11 +151,17 @@ def finished(path):
     return state["step"] >= state["steps"]
 
 
+def draw_t(count, steps, generator):
+    """count timesteps t = T u^0.7 with u uniform in [0, 1): the noisy half, where subject and composition are decided, gets 63 %
+    of them (ours). u is stratified, one in each of `count` equal parts of [0, 1): a batch sees all noise levels (2107.00630)."""
+    u = (torch.arange(count) + torch.rand(count, generator=generator)) / count
+    return (steps * u ** 0.7).long().clamp(max=steps - 1)
+
+
 def noised(model, images, generator, t=None, noise=None):
-    """Encode a batch and noise it: (xt, t, noise, goal), with t uniform in 0 .. T-1. Random numbers come from the CPU, so a
-    seed means the same on every device."""
+    """Encode a batch and noise it: (xt, t, noise, goal). Random numbers come from the CPU, so a seed means the same on every device."""
     x0 = model.latents.encode(images.to(model.device))
-    t = torch.randint(model.diffusion.steps, (len(x0),), generator=generator) if t is None else t
+    t = draw_t(len(x0), model.diffusion.steps, generator) if t is None else t
     noise = torch.randn(x0.shape, generator=generator) if noise is None else noise
     t, noise = t.to(model.device), noise.to(model.device)
     return model.diffusion.q_sample(x0, t, noise), t, noise, model.diffusion.goal(x0, t, noise)

@@ -18,7 +18,7 @@ class UNetConfig:
     depth (1, 1, 1, 0), heads (8, 8, 8, 8), layers 2, context_dim 768, 4 channels in and out."""
     in_channels: int = 12
     out_channels: int = 12
-    channels: tuple = (64, 96, 128)     # width of each level; every level but the last halves the size
+    channels: tuple = (32, 64, 128)     # width of each level; every level but the last halves the size
     depth: tuple = (0, 0, 0)            # transformer blocks after each residual block of a level
     mid_depth: int = 1
     heads: tuple = (4, 4, 4)
@@ -26,7 +26,7 @@ class UNetConfig:
     context_dim: int | None = 64        # width of the prompt's tokens; None: no cross-attention
     vector_dim: int | None = 64         # width of the pooled prompt that joins the time embedding (as in SDXL); None: none
     size_dim: int | None = None         # SDXL: width of the sinusoid of each of the six size numbers inside that vector
-    groups: int = 16                    # of every GroupNorm; Stable Diffusion: 32
+    groups: int = 8                     # of every GroupNorm; Stable Diffusion: 32
     dropout: float = 0.0
 
 

@@ -110,9 +110,9 @@ def test_annotation_refuses(positive, negative, message):
 def test_prompt_carries_the_phrases_of_both_sides():
     states = CRITERIA.annotation(["Level", "Spatter"], ["Edges", "Placement"])
     prompt = CRITERIA.prompt("a boat", states)
-    assert prompt == Prompt("a boat", ("level horizon", "clean surface"), ("subject cut by the frame", "blurred edges"))
+    assert prompt == Prompt("a boat", ("level horizon", "clean surface"), ("subject dead centre", "blurred edges"))
     assert CRITERIA.annotation(prompt.positive, prompt.negative).tolist() == states.tolist()
-    assert str(prompt) == "a boat; good: level horizon, clean surface; bad: subject cut by the frame, blurred edges"
+    assert str(prompt) == "a boat; good: level horizon, clean surface; bad: subject dead centre, blurred edges"
     assert CRITERIA.prompt("a boat") == Prompt("a boat") and str(Prompt("a boat")) == "a boat"
 
 

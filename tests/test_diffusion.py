@@ -99,8 +99,8 @@ def test_timesteps_for_every_count():
     for count in range(1, 1001):
         times = diffusion.timesteps(count)
         assert len(times) == count and times[0] == 999 and times[-1] >= 0 and (times.diff() < 0).all(), count
-    assert diffusion.timesteps(4).tolist() == [999, 749, 499, 249]
-    assert diffusion.timesteps(7).tolist() == [999, 856, 713, 570, 428, 285, 142]          # rounded, not cut
+    # 996 (1 - (i / 4)^1.5) + 3 - i = 999, 873.5, 644.9, 349.1
+    assert diffusion.timesteps(4).tolist() == [999, 874, 645, 349]
     assert diffusion.timesteps(1000).tolist() == list(range(999, -1, -1))
 
 

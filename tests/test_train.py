@@ -14,7 +14,7 @@ from nanocpo.criteria import Criteria
 from nanocpo.data import Batch, from_painter
 from nanocpo.losses import sft_loss
 from nanocpo.model import Model, load_model
-from nanocpo.train import Recipe, drop_caption, finished, fit, noised, pick_device, summarize
+from nanocpo.train import Recipe, draw_t, drop_caption, finished, fit, noised, pick_device, summarize
 from nanocpo.unet import UNetConfig
 
 TINY = UNetConfig(channels=(16, 32), depth=(0, 1), heads=(2, 2), groups=8, context_dim=16, vector_dim=16)
@@ -137,11 +137,20 @@ def test_log_has_means_per_timestep_bin_over_the_samples_that_count():
     assert line["per_t"]["loss"] == [2.0, 5.0] + [None] * 8
 
 
+def test_t_is_stratified_over_the_whole_range_and_leans_to_the_noisy_half():
+    t = draw_t(8, 1000, torch.Generator().manual_seed(0))
+    edges = [1000 * (i / 8) ** 0.7 for i in range(9)]
+    assert t.dtype == torch.int64 and all(math.floor(low) <= x <= high for low, high, x in zip(edges, edges[1:], t.tolist()))
+    t = torch.cat([draw_t(4, 1000, torch.Generator().manual_seed(seed)) for seed in range(3000)])
+    assert t.min() == 0 and t.max() == 999
+    assert abs((t >= 500).float().mean() - (1 - 0.5 ** (1 / 0.7))) < 0.01 and abs(t.float().mean() - 1000 / 1.7) < 5
+
+
 def test_noised_draws_t_over_the_whole_range_and_uses_what_it_is_given():
     model, generator = tiny_model(), torch.Generator().manual_seed(0)
     images = DATA.batch([0] * 60).images.repeat(200, 1, 1, 1)
     t = noised(model, images[:12000], generator)[1]
-    assert t.min() == 0 and t.max() == 999 and abs(t.float().mean() - 499.5) < 10
+    assert t.min() == 0 and t.max() == 999
     xt, t, noise, goal = noised(model, images[:2], generator, torch.tensor([5, 5]), torch.ones(2, 12, 16, 16))
     assert t.tolist() == [5, 5] and torch.equal(noise, torch.ones(2, 12, 16, 16)) and torch.equal(xt[0], xt[1])
     x0 = model.latents.encode(images[:2])
