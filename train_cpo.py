@@ -19,27 +19,30 @@ from nanocpo.critic import unmeasured
 from nanocpo.data import to_images
 from nanocpo.evaluate import evaluate, table
 from nanocpo.grid import save_grid
-from nanocpo.losses import RULES, cpo_loss, dpo_loss, sft_loss
-from nanocpo.train import add_common_arguments, draw, load_data, noised
-from train_sft import add_sft_arguments, ensure_models, run_stage
+from nanocpo.losses import RULES, cpo_loss, dpo_loss
+from nanocpo.train import add_common_arguments, draw, draw_t, load_data, noised
+from train_sft import add_sft_arguments, caption_prompts, ensure_models, run_stage, sft_step
 
 
 def add_cpo_arguments(parser):
     """The flags of stage 2. The values are ours; docs/log.md has the few tries behind them."""
     parser.add_argument("--method", choices=["cpo", "dpo", "sft"], default="cpo", help="dpo: Diffusion-DPO on pairs of pictures "
                         "with fewer and more negative attributes; sft: plain fine-tuning on the best pictures")
-    parser.add_argument("--stabilizer", choices=RULES, default="constant", help="how far the loser's gradient is held back")
-    parser.add_argument("--strength", type=float, default=0.75, help="k, mu or share of the stabilizer (losses.restraint)")
+    parser.add_argument("--stabilizer", choices=RULES, help="how far the loser's gradient is held back; default: constant for cpo, "
+                        "none for dpo")
+    parser.add_argument("--strength", type=float, default=0.55, help="k, mu or share of the stabilizer (losses.restraint)")
     parser.add_argument("--beta", type=float, help="preference strength; default: 4 / gap per sample for cpo, 200 for dpo")
     parser.add_argument("--pairs", choices=["own", "completed", "opposite"], default="opposite",
                         help="what the auxiliary's two prompts list (preference_prompts)")
     parser.add_argument("--criteria", nargs="+", help="align on these branches of the tree only, by name or path")
     parser.add_argument("--best", type=float, default=0.1, help="share of the data that --method sft keeps")
-    parser.add_argument("--steps", type=int, default=100)
-    parser.add_argument("--lr", type=float, default=2e-4)
+    parser.add_argument("--steps", type=int, default=180)
+    parser.add_argument("--lr", type=float, default=6e-4)
+    parser.add_argument("--lean", type=float, default=0.4, help="cpo trains at t = T u^lean, u uniform: where little of the training "
+                        "picture is left to contradict the prompt")
     parser.add_argument("--name", default="target", help="name of the checkpoint, its log and its report row")
     parser.add_argument("--samples", type=int, default=512, help="pictures a row of the report (0: no report)")
-    parser.add_argument("--sampling-steps", type=int, default=20)
+    parser.add_argument("--sampling-steps", type=int, default=14)
     parser.add_argument("--guidance", type=float, default=2.0, help="scale of the row auxiliary_guided")
 
 
@@ -60,7 +63,8 @@ def cpo_step(args, data, reference, auxiliary, columns):
     """The loss of one CPO step: one noised batch, four predictions."""
     def loss_step(target, generator):
         batch = draw(data, args.batch, generator)
-        xt, t, _, _ = noised(target, batch.images, generator)
+        t = draw_t(args.batch, target.diffusion.steps, generator, args.lean)
+        xt, t, _, _ = noised(target, batch.images, generator, t)
         plain = target.text.tokens([data.criteria.prompt(caption) for caption in batch.captions])
         win, lose = preference_prompts(data.criteria, batch, columns, args.pairs)
         with torch.no_grad():
@@ -68,12 +72,13 @@ def cpo_step(args, data, reference, auxiliary, columns):
             # both targets in one batch: their small difference must not be a difference of kernels
             z_win, z_lose = auxiliary(torch.cat([xt, xt]), torch.cat([t, t]), win + lose).chunk(2)
         eps = target(xt, t, plain)
-        return *cpo_loss(eps, eps_ref, z_win, z_lose, args.beta, args.stabilizer, args.strength), t
+        return *cpo_loss(eps, eps_ref, z_win, z_lose, args.beta, args.stabilizer or "constant", args.strength), t
     return loss_step
 
 
 def dpo_step(args, data, reference, columns):
     """The loss of one Diffusion-DPO step: pairs of pictures with one caption, fewer against more negative attributes."""
+    rule, beta = args.stabilizer or "none", 200.0 if args.beta is None else args.beta
     badness = (data.annotations[:, columns] < 0).sum(1)
     groups = {caption: np.flatnonzero(np.array(data.captions) == caption) for caption in set(data.captions)}
 
@@ -97,21 +102,14 @@ def dpo_step(args, data, reference, columns):
         with torch.no_grad():
             ref_win, ref_lose = reference(both, times, plain).chunk(2)
         eps_win, eps_lose = target(both, times, plain).chunk(2)
-        rule = args.stabilizer if args.stabilizer in ("none", "safeguard") else "none"
-        return *dpo_loss(eps_win, ref_win, goal_win, eps_lose, ref_lose, goal_lose, 200.0 if args.beta is None else args.beta, rule, args.strength), t
+        return *dpo_loss(eps_win, ref_win, goal_win, eps_lose, ref_lose, goal_lose, beta, rule, args.strength), t
     return loss_step
 
 
-def sft_step(args, data, columns):
-    """The loss of one step of the simple baseline: fine-tuning on the pictures with the fewest negative attributes."""
+def best_part(args, data, columns):
+    """The pictures with the fewest negative attributes: what the simple baseline, --method sft, is fine-tuned on."""
     badness = (data.annotations[:, columns] < 0).sum(1)
-    best = data.take(np.argsort(badness, kind="stable")[:max(1, round(len(data) * args.best))])
-
-    def loss_step(target, generator):
-        batch = draw(best, args.batch, generator)
-        xt, t, _, goal = noised(target, batch.images, generator)
-        return *sft_loss(target(xt, t, [data.criteria.prompt(caption) for caption in batch.captions]), goal), t
-    return loss_step
+    return data.take(np.argsort(badness, kind="stable")[:max(1, round(len(data) * args.best))])
 
 
 def align(args, data, base, auxiliary):
@@ -121,7 +119,7 @@ def align(args, data, base, auxiliary):
     target = base.frozen_copy().requires_grad_(True)                      # its own weights: base stays the reference
     loss_step = {"cpo": lambda: cpo_step(args, train, base, auxiliary, columns),
                  "dpo": lambda: dpo_step(args, train, base, columns),
-                 "sft": lambda: sft_step(args, train, columns)}[args.method]()
+                 "sft": lambda: sft_step(args, best_part(args, train, columns), caption_prompts)}[args.method]()
     return run_stage(args, target, loss_step, args.name, args.steps, args.lr)
 
 

@@ -43,32 +43,32 @@ def attribute_prompts(criteria, batch, generator):
     return [criteria.prompt(caption, a) for caption, a in zip(captions, annotations)]
 
 
+def caption_prompts(criteria, batch, generator):
+    """The base model's prompts: captions only, some dropped."""
+    return [criteria.prompt(caption) for caption in drop_caption(batch.captions, generator)]
+
+
+def sft_step(args, data, prompts):
+    """The loss of one step of supervised training; prompts(criteria, batch, generator) says what the model is shown."""
+    def loss_step(model, generator):
+        batch = draw(data, args.batch, generator)
+        xt, t, _, goal = noised(model, batch.images, generator)
+        return *sft_loss(model(xt, t, prompts(data.criteria, batch, generator)), goal), t
+    return loss_step
+
+
 def train_base(args, data, device):
     """The base model from nothing, on plain captions -> OUT/base.pt."""
     torch.manual_seed(args.seed)
     model = Model(data.criteria, sorted(set(data.captions))).to(device)
-    train = data.split("train")
-
-    def loss_step(model, generator):
-        batch = draw(train, args.batch, generator)
-        xt, t, _, goal = noised(model, batch.images, generator)
-        prompts = [data.criteria.prompt(caption) for caption in drop_caption(batch.captions, generator)]
-        return *sft_loss(model(xt, t, prompts), goal), t
-
-    return run_stage(args, model, loss_step, "base", args.base_steps, args.base_lr, kinds=("plain",))
+    return run_stage(args, model, sft_step(args, data.split("train"), caption_prompts), "base", args.base_steps, args.base_lr, kinds=("plain",))
 
 
 def train_auxiliary(args, data, base):
     """A copy of the base model, tuned on captions with attributes -> OUT/auxiliary.pt."""
     model = base.frozen_copy().requires_grad_(True)
-    train = data.split("train")
-
-    def loss_step(model, generator):
-        batch = draw(train, args.batch, generator)
-        xt, t, _, goal = noised(model, batch.images, generator)
-        return *sft_loss(model(xt, t, attribute_prompts(data.criteria, batch, generator)), goal), t
-
-    return run_stage(args, model, loss_step, "auxiliary", args.sft_steps, args.sft_lr, kinds=("plain", "positive", "negative"))
+    return run_stage(args, model, sft_step(args, data.split("train"), attribute_prompts), "auxiliary", args.sft_steps, args.sft_lr,
+                     kinds=("plain", "positive", "negative"))
 
 
 def run_stage(args, model, loss_step, name, steps, lr, kinds=("plain",)):
