@@ -148,12 +148,12 @@ def test_every_ddpm_step_is_the_posterior(schedule, prediction):
 
 @EACH
 def test_eta_scales_the_noise_of_a_skipping_step(prediction):
-    # equations 12 and 16 of 2010.02502 from t = 9 to t = 4
+    # equations 12 and 16 of 2010.02502 from t = 9 to t = 5
     diffusion = Diffusion("scaled_linear", prediction, steps=10)
     x0, start = randn(1, 2, 3, 3, seed=1), randn(1, 2, 3, 3, seed=2)
     seen, predict = [], answer(diffusion, lambda xt, _: x0)
     diffusion.sample(lambda xt, t: seen.append(xt) or predict(xt, t), start, 2, 0.6, torch.Generator().manual_seed(3))
-    now, to = float(diffusion.alpha_bar[9]), float(diffusion.alpha_bar[4])
+    now, to = float(diffusion.alpha_bar[9]), float(diffusion.alpha_bar[5])
     sigma = 0.6 * math.sqrt((1 - to) / (1 - now) * (1 - now / to))
     eps = (start - math.sqrt(now) * x0) / math.sqrt(1 - now)
     by_hand = math.sqrt(to) * x0 + math.sqrt(1 - to - sigma ** 2) * eps + sigma * randn(1, 2, 3, 3, seed=3)
@@ -190,7 +190,7 @@ def test_clip_bounds_x0_and_the_noise_follows(prediction, eta):
                            clip=lambda x0: x0.clamp(-1, 1))
     torch.testing.assert_close(out, torch.ones_like(out), atol=1e-12, rtol=0)
     if eta == 0:                                              # the eps that belongs to the clipped x0, not the predicted one
-        now, to = diffusion.alpha_bar[999], diffusion.alpha_bar[499]
+        now, to = diffusion.alpha_bar[999], diffusion.alpha_bar[645]
         by_hand = to.sqrt() + (1 - to).sqrt() * (start - now.sqrt()) / (1 - now).sqrt()
         torch.testing.assert_close(seen[1], by_hand, atol=1e-12, rtol=0)
 
