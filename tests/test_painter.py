@@ -3,8 +3,8 @@ import numpy as np
 import pytest
 
 from nanocpo.criteria import Criteria
-from nanocpo.critic import judge
-from nanocpo.painter import CAPTIONS, LEAVES, SIZE, paint
+from nanocpo.critic import _layouts, find_layout, judge
+from nanocpo.painter import CAPTIONS, LEAVES, SIZE, SUN_HEIGHT, X, Y, paint
 
 CRITERIA = Criteria.load()
 NAMES = [leaf.name for leaf in CRITERIA.leaves]
@@ -115,6 +115,23 @@ def test_critic_agrees_on_degraded_pictures(fresh):
     captions, states, images = (part[:1000] for part in fresh)    # half of them, for speed
     share = agreement(judge(blurred(images, 0.6, 0.02, np.random.default_rng(1)), CRITERIA), captions, states)
     assert not {name: s for name, s in share.items() if s < 0.93}
+
+
+def test_layout_is_found_again_under_a_steep_gradation():
+    layouts, shapes = _layouts()
+    rng = np.random.default_rng(0)
+    for k in rng.choice(len(layouts), 12, replace=False):
+        colours = np.array([[0.5, 0.5, 0.6], [0.5, 0.5, 0.6], [0.4, 0.4, 0.5], [0.8, 0.8, 0.8]])     # sky, ground, dark, light
+        flat = sum((shape > 0)[:, None] * colour for shape, colour in zip(shapes[:4, k], colours))
+        steep = flat + 8 * shapes[4, k][:, None]                  # and no step to the ground
+        assert np.allclose(np.ravel(find_layout(steep.reshape(1, SIZE, SIZE, 3))), layouts[k])
+
+
+def test_dark_disc_high_up_is_no_sun():
+    disc = np.where(np.hypot(X - SIZE / 2, Y - SUN_HEIGHT)[..., None] < 6, 0.1, np.where((Y < 21.5)[..., None], 0.7, 0.35)) * np.ones(3)
+    light = np.where(disc == 0.1, 1.0, disc)
+    kinds = find_layout(np.stack([disc, light]))[2]
+    assert CAPTIONS[int(kinds[0])] != "a sun" and CAPTIONS[int(kinds[1])] == "a sun"
 
 
 def test_scores_and_signs_belong_together(verdicts):

@@ -233,6 +233,14 @@ def test_first_cpo_step_has_loss_log_2_and_a_gradient():
     assert sum(p.grad.abs().sum() for p in target.parameters() if p.grad is not None) > 0
 
 
+def test_cpo_leans_to_noisy_timesteps_as_told():
+    base = tiny_model().frozen_copy()
+    for lean, low, high in ((0.01, 950, 999), (100, 0, 300)):     # u^100 is near 0 for seven of eight u
+        step = train_cpo.cpo_step(cpo_arguments("--lean", str(lean)), DATA, base, base, [0])
+        t = step(base.frozen_copy(), torch.Generator().manual_seed(0))[2]
+        assert ((t >= low) & (t <= high)).sum() >= 7
+
+
 def test_cpo_shows_attributes_to_the_auxiliary_only():
     base, auxiliary = tiny_model().frozen_copy(), tiny_model(seed=5).frozen_copy()
     target, seen = base.frozen_copy(), {}
