@@ -8,6 +8,7 @@ the scores are also the space in which evaluate.py takes its Fréchet distance.
 
 Lightness here is HSV value, max(R, G, B): hue and saturation do not move it, so the leaves stay apart.
 """
+import warnings
 from dataclasses import dataclass
 from functools import cache
 from itertools import product
@@ -120,7 +121,9 @@ def find_layout(rgb, chunk=32):
 
 def _colour(rgb, mask):
     """The median over the masked pixels of each image and channel: (N, 32, 32, 3), (N, 32, 32) bool -> (N, 3); 0 where there are none."""
-    return np.nan_to_num(np.nanmedian(np.where(mask[..., None], rgb, np.nan), axis=(1, 2)))
+    with warnings.catch_warnings():                                       # numpy warns where there are none
+        warnings.simplefilter("ignore", RuntimeWarning)
+        return np.nan_to_num(np.nanmedian(np.where(mask[..., None], rgb, np.nan), axis=(1, 2)))
 
 
 def _hue_saturation(rgb):

@@ -112,8 +112,8 @@ def main(argv=None):
     parser.add_argument("--json", help="also write the report to this file")
     args = parser.parse_args(argv)
     models = {path: (load_model(path, args.device), args.kind) for path in args.checkpoints}
-    criteria = next(iter(models.values()))[0].criteria
-    report, _ = evaluate(models, criteria, CAPTIONS, args.samples, args.seed, args.steps, args.guidance)
+    first = next(iter(models.values()))[0]
+    report, _ = evaluate(models, first.criteria, first.captions, args.samples, args.seed, args.steps, args.guidance)
     print(table(report))
     if args.json:
         with open(args.json, "w") as file:
