@@ -17,8 +17,8 @@ from .unet import UNet, UNetConfig
 class SpaceToDepth:
     """The toy's latents: opponent colours, and blocks of pixels as channels. The two methods are those of a VAE (ours).
 
-    Of the three opponent channels the two that carry hue vary about a third as much as lightness; scaled to the same spread they
-    are not the last thing to emerge from the noise. Trained on RGB, the same model paints pictures of mixed-up hues."""
+    Of the three opponent channels the two that carry hue vary about a third as much as lightness. Scaled up somewhat they are not the
+    last thing to emerge from the noise (trained on RGB, the model mixes hues up); scaled to the same spread they crowd out the subject."""
     OPPONENT = torch.tensor([[1, 1, 1], [1, 0, -1], [-1, 2, -1]]) / torch.tensor([3, 2, 6]).sqrt()[:, None]      # orthonormal
     SCALE, MEAN = torch.tensor([1.5, 2.4, 2.4]), -0.4                     # of the painter's pictures, rounded
 
