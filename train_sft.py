@@ -35,10 +35,10 @@ def attribute_prompts(criteria, batch, generator):
     annotations = batch.annotations.copy()                                # (B, leaves)
     count, leaves = annotations.shape
     kind, keep, mask = (torch.rand(shape, generator=generator).numpy() for shape in ((count,), (count, 1), (count, leaves)))
-    annotations[(kind[:, None] >= 0.7) & (mask >= keep)] = 0              # 30 % a random share; of the others
+    annotations[(kind[:, None] >= 0.7) & (mask >= keep)] = 0              # 20 % a random share, and below:
     annotations[(kind < 0.1)[:, None] & (annotations < 0)] = 0            # 10 % the positive ones only
-    annotations[((kind >= 0.1) & (kind < 0.2))[:, None] & (annotations > 0)] = 0                      # 10 % the negative, 50 % all
-    annotations[kind >= 0.9] = 0                                          # 10 % nothing but the caption
+    annotations[((kind >= 0.1) & (kind < 0.2))[:, None] & (annotations > 0)] = 0                      # 10 % the negative ones only
+    annotations[kind >= 0.9] = 0                                          # 10 % nothing but the caption; 50 % all
     captions = drop_caption(batch.captions, generator)
     return [criteria.prompt(caption, a) for caption, a in zip(captions, annotations)]
 

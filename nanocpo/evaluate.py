@@ -11,7 +11,7 @@ from .criteria import Criteria
 from .critic import judge
 from .data import from_painter, to_images
 from .model import load_model
-from .painter import CAPTIONS, SIZE
+from .painter import CAPTIONS
 
 
 def all_prompts(criteria, captions):
