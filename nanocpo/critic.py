@@ -21,14 +21,14 @@ from .painter import CANVAS, CAPTIONS, FOREGROUND, HATCHING, LEAVES, SIZE, SUBJE
 # Thresholds lie half-way between the two states of the painter's fresh paintings, moved towards the side that blur reaches.
 THRESHOLDS = {
     "Placement": (3.25, 3.25),      # pixels from the subject's middle to the picture's: on a third 6.5, dead centre 0
-    "Level": (0.13, -0.13),         # |slope| of the horizon: level 0, tilted 0.26
+    "Level": (0.13, -0.13),         # |slope| of the horizon: level 0, tilted 0.30
     "Height": (18.5, 3.0),          # row of the horizon at the picture's middle: thirds 21.5, halves 15.5
-    "Harmony": (0.24, -0.16),       # turns between the two hues: analogous 0.08, clashing 0.42
-    "Purity": (0.45, 0.33),         # saturation: rich 0.78, muddy 0.23; a generator's mixed colours are less saturated
-    "Contrast": (0.39, 0.14),       # 1 - ground / sky value at the horizon: clear 0.53, flat 0.25
-    "Exposure": (0.48, 0.18),       # value of the sky at the horizon: balanced 0.64 to 0.74, dark 0.31 to 0.36
+    "Harmony": (0.27, -0.14),       # turns between the two hues: analogous 0.13, clashing 0.42
+    "Purity": (0.45, 0.33),         # saturation: rich 0.78, muddy 0.25; a generator's mixed colours are less saturated
+    "Contrast": (0.42, 0.16),       # 1 - ground / sky value at the horizon: clear 0.58, flat 0.25
+    "Exposure": (0.50, 0.20),       # value of the sky at the horizon: balanced 0.64 to 0.80, dark 0.31 to 0.38
     "Strokes": (0.12, -0.12),       # amplitude of the diagonal wave: hatched 0.27, under blur 0.18, clean 0
-    "Edges": (0.52, 0.40),          # share of the horizon's step within two pixels: crisp 1, blurred 0.33
+    "Edges": (0.45, 0.45),          # share of the horizon's step within two pixels: crisp 1, blurred 0.30
     "Gradation": (0.15, 0.12),      # 1 - top / horizon value of the sky: graded 0.36, even 0
     "Spatter": (0.025, -0.025),     # area of small dark spots, the subject aside: some 0.08 or none
     "Corners": (0.50, -0.50),       # share of canvas colour in the barer lower corner: all or none
@@ -91,7 +91,7 @@ def _layouts():
     """Every layout that is looked for: (K, 4) of height, slope, subject's number and place, and the shapes that it predicts, unit
     norm, (5, K, 1024): sky, ground, dark part, light part, and the sky's gradation (less its mean, so orthogonal to the sky)."""
     found, shapes = [], []
-    for height, slope, kind, place in product(np.arange(13.5, 24, 2), np.linspace(-0.26, 0.26, 7), range(len(SUBJECTS)),
+    for height, slope, kind, place in product(np.arange(13.5, 24, 2), np.linspace(-0.30, 0.30, 7), range(len(SUBJECTS)),
                                               SIZE / 2 + 6.5 / 4 * np.arange(-5, 6)):
         horizon = height + slope * (X - SIZE / 2)
         dark, light = (part < 0 for part in subject_at(kind, place, height))

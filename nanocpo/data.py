@@ -85,7 +85,7 @@ def to_images(tensor):
     return rearrange(((tensor.float().clamp(-1, 1) + 1) * 127.5).round().byte().cpu(), "n c h w -> n h w c").numpy()
 
 
-def from_painter(criteria=None, count=16000, regime="flawed", judged=0.9, seed=0):
+def from_painter(criteria=None, count=10000, regime="flawed", judged=0.9, seed=0):
     """Paint `count` pictures. regime "flawed": at least a third of the leaves of each is judged negative, so that no
     masterpiece exists to imitate; "mixed": independent states; "positive": all states positive (to compare with).
     judged: the share of leaves that the expert judged (METHOD: non-equilibrium; the share is ours)."""

@@ -14,7 +14,7 @@ SUBJECTS = ("house", "tree", "boat", "sun")
 CAPTIONS = tuple(f"a {subject}" for subject in SUBJECTS)
 LEAVES = ("Placement", "Level", "Height", "Harmony", "Purity", "Contrast", "Exposure", "Strokes", "Edges", "Gradation",
           "Spatter", "Corners")                                   # what this painter can draw, by leaf name
-HUES = (0.02, 0.15, 0.40, 0.65)                                   # four base hues: any hue at all is too much to learn here
+HUES = (0.46, 0.78)                                               # skies are teal to violet: mixed, they do not turn grey
 HATCHING = 6                                                      # pixels from line to line, across or down: coarse, so blur spares it
 CANVAS = (0.95, 0.92, 0.84)                                       # bare canvas: brighter than any painted ground
 BLOTS = ((-13, -12.5), (-4.5, -13.5), (4, -12.5), (12.5, -13), (-10.5, -7), (13, -7.5), (-7, 13), (1, 12.5), (8, 13))   # spatter: x and
@@ -66,23 +66,22 @@ def paint(caption, states, seed):
         raise ValueError(f"this painter cannot draw {sorted(set(states) - set(LEAVES))}; it knows: {', '.join(LEAVES)}")
     subject = caption.removeprefix("a ")
     rng = np.random.default_rng(seed)
-    chance, sign = rng.random(len(LEAVES)), rng.choice([-1, 1], 6)
-    hue = HUES[rng.integers(len(HUES))]
+    chance, hue, mirror = rng.random(len(LEAVES)), rng.uniform(*HUES), rng.choice([-1, 1])
     good = {leaf: states.get(leaf, 1 if chance[i] < 0.5 else -1) > 0 for i, leaf in enumerate(LEAVES)}
-    soft = 1.0 if good["Edges"] else 6.5
+    soft = 1.0 if good["Edges"] else 7.0
 
     # Composition: the horizon's height and slope, the subject's place on it (or of the sun above it)
-    slope = 0.0 if good["Level"] else 0.26 * sign[0]
+    slope = 0.0 if good["Level"] else 0.30
     horizon = (21.5 if good["Height"] else 15.5) + slope * (X - SIZE / 2)                              # (32, 32)
-    place = SIZE / 2 + (6.5 * sign[1] if good["Placement"] else 0)
+    place = SIZE / 2 + (6.5 if good["Placement"] else 0)
     foot = SUN_HEIGHT if subject == "sun" else horizon.mean() + FOREGROUND
     ground = cover((horizon - Y) / np.hypot(1, slope), soft)
     dark, light = (cover(distance, soft)[..., None] for distance in silhouette(subject, X - place, Y - foot))
 
     # Colour: hue, saturation and value of the three areas
-    ground_hue = hue + sign[2] * (0.08 if good["Harmony"] else 0.42)
-    rich = 0.78 if good["Purity"] else 0.23
-    sky_value, ground_value, dark_value, light_value = (0.74, 0.35, 0.10, 1.0) if good["Contrast"] else (0.64, 0.48, 0.27, 0.90)
+    ground_hue = hue + (-0.13 if good["Harmony"] else 0.42)
+    rich = 0.78 if good["Purity"] else 0.25
+    sky_value, ground_value, dark_value, light_value = (0.80, 0.34, 0.08, 1.0) if good["Contrast"] else (0.64, 0.48, 0.26, 0.90)
     depth = np.minimum(0.60 + 0.40 * Y / (horizon - 5), 1) if good["Gradation"] else np.ones_like(Y)
     sky = hsv_to_rgb(hue, rich, sky_value * depth)                        # with gradation lighter towards the horizon
     rgb = sky + ground[..., None] * (hsv_to_rgb(ground_hue, rich, ground_value) - sky)
@@ -93,11 +92,10 @@ def paint(caption, states, seed):
     if not good["Strokes"]:
         rgb *= 1 + 0.3 * np.sin(2 * np.pi / HATCHING * (X + Y + 0.5))[..., None]
     if not good["Spatter"]:
-        blots = (cover(np.hypot((X - 15.5) * sign[3] - x, Y - 15.5 - y) - 1.8) for x, y in BLOTS)
+        blots = (cover(np.hypot((X - 15.5) * mirror - x, Y - 15.5 - y) - 1.8) for x, y in BLOTS)
         rgb *= 1 - 0.7 * np.max(list(blots), axis=0)[..., None]
     if not good["Exposure"]:
         rgb *= 0.48
     if not good["Corners"]:
-        side = X if sign[5] < 0 else SIZE - 1 - X
-        rgb += cover((side + SIZE - 1 - Y - 8) / 2 ** 0.5)[..., None] * (np.array(CANVAS) - rgb)
+        rgb += cover((X + SIZE - 1 - Y - 8) / 2 ** 0.5)[..., None] * (np.array(CANVAS) - rgb)
     return np.round(np.clip(rgb, 0, 1) * 255).astype(np.uint8)

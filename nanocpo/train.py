@@ -47,7 +47,7 @@ def add_common_arguments(parser):
     parser.add_argument("--data", default="flawed", help="flawed or mixed (painted on the fly, see nanocpo/data.py), or a "
                         "folder with metadata.jsonl")
     parser.add_argument("--tree", help="criteria as JSON; default: criteria.json in the folder, else the embedded tree")
-    parser.add_argument("--count", type=int, default=16000, help="number of pictures to paint; 80 %% of them train")
+    parser.add_argument("--count", type=int, default=10000, help="number of pictures to paint; 80 %% of them train")
     parser.add_argument("--skip-bad", action="store_true", help="leave bad lines of a folder out instead of stopping")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, mps")

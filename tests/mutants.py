@@ -1,0 +1,253 @@
+"""Mutants: bugs planted on purpose, one at a time; the tests must fail on each.
+
+    python tests/mutants.py                 # all of them, two at a time; a run that stopped goes on
+    python tests/mutants.py --every 9       # every ninth: the subset of .ci/run
+    python tests/mutants.py --only losses   # those of one file
+
+Each mutant is applied to a copy of the project; the tests of its own file run first, and if they pass, all the others: only a mutant
+that passes everything is a survivor. A mutant whose old text is gone, or occurs twice, stops the run: mend it together with the code.
+"""
+import argparse
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import astuple, dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+TESTS = {"train_cpo": "train", "train_sft": "train", "text": "model", "critic": "painter"}      # file -> its tests, where the names differ
+
+
+@dataclass(frozen=True)
+class Mutant:
+    file: str
+    old: str
+    new: str
+    why: str
+    thread: str = ""                        # where it really happened
+
+
+def _all(file, *rows):
+    return [Mutant(file, *row) for row in rows]
+
+
+MUTANTS = [
+    *_all("nanocpo/diffusion.py",
+          ("(x + 0.008) / 1.008", "x", "cosine schedule without its offset"),
+          (".clamp(max=0.999)", "", "the last beta is not clipped: alpha_bar reaches 0"),
+          ("dtype=torch.float64) ** 2, 0)", "dtype=torch.float64), 0)", "scaled-linear betas are not squared"),
+          ("negative + scale * (positive - negative)", "positive + scale * (positive - negative)", "scale 1 is not the conditional model"),
+          ("negative + scale * (positive - negative)", "negative + scale * (negative - positive)", "guided the wrong way"),
+          ("return negative + scale * (positive - negative)",
+           "return torch.cat([(negative + scale * (positive - negative))[:, :3], positive[:, 3:]], 1)",
+           "guidance on three channels only", "facebookresearch/DiT issue 41"),
+          ("return a * x0 + s * noise", "return s * x0 + a * noise", "signal and noise exchanged"),
+          ("a * noise - s * x0", "s * x0 - a * noise", "sign of v", "yuanchenyang/smalldiffusion: its own tests pass with the target's sign flipped"),
+          ("(xt - s * prediction) / a", "(xt - a * prediction) / s", "x0 from eps with the scales exchanged"),
+          ("a * xt - s * prediction, s * xt + a * prediction", "a * xt + s * prediction, s * xt - a * prediction", "v read with the other sign"),
+          ("((self.steps - count) *", "((self.steps - count - 1) *", "sampling does not begin at T - 1", "2305.08891; one of minDiffusion's two copies"),
+          ("if i + 1 < count and eta > 0", "if eta > 0", "noise is added at the last step"),
+          ("xt = a_next.sqrt().to(xt) * x0", "xt = a_now.sqrt().to(xt) * x0", "a step that stays where it is"),
+          ("(1 - a_now / a_next)).sqrt()", "(1 - a_now / a_next))", "variance taken for its root"),
+          ("eps = (xt - a_now.sqrt().to(xt) * x0) / (1 - a_now).sqrt().to(xt)", "pass", "eps keeps contradicting the clipped x0"),
+          ("generator=generator, dtype=xt.dtype", "dtype=xt.dtype", "sampling noise ignores the seed")),
+    *_all("nanocpo/losses.py",
+          ("loss = _error(eps, goal)", "loss = (eps - goal).abs().flatten(1).mean(1)", "SFT with another norm"),
+          ("(a * b).flatten(1).mean(1)", "(a * b).flatten(1).sum(1)", "sum instead of mean: beta means something else", "conventions of TRL and diffusers"),
+          ("-0.5 * beta", "-beta", "the factor 1/2 is missing", "Diffusion-DPO against its re-implementations"),
+          ("-0.5 * beta", "0.5 * beta", "prefers the loser"),
+          ("loss = -F.logsigmoid(margin)", "loss = -F.logsigmoid(margin.mean()).expand(len(margin))",
+           "log-sigmoid of the batch mean", "huggingface/diffusers issue 6702"),
+          ("loss = -F.logsigmoid(margin)", "loss = -torch.log(torch.sigmoid(margin))", "overflows at large margins"),
+          ("lose = lose.detach() + lam * (lose - lose.detach())", "lose = lam * lose", "the stabiliser changes the value of the loss"),
+          ("torch.where(valid, loss, 0).sum() / valid.sum()", "loss.mean()", "samples without a gap count in the mean"),
+          ('"weight": torch.sigmoid(-margin)', '"weight": torch.sigmoid(margin)', "the wrong weight in the log"),
+          ('"constant": strength', '"constant": 1 - strength', "k and 1 - k exchanged"),
+          ('"winner": 0.0', '"winner": 1.0', "winner-only regression is vanilla"),
+          ("(1 - strength) * win / dot", "(1 - strength) * lose / dot", "safeguard bounds by the loser's gradient"),
+          ("torch.where(dot > 0, (", "torch.where(dot < 0, (", "safeguard acts where the gradients agree with each other"),
+          ("return torch.where(win == 0, torch.zeros_like(win), lam)", "return lam", "safeguard leaves a winner that was reached"),
+          (".clamp(min=1e-30)).clamp(max=1), one)", ".clamp(min=1e-30)), one)", "safeguard's lam above 1"),
+          ("(win / lose.clamp(min=1e-30)).sqrt()", "(lose / win.clamp(min=1e-30)).sqrt()", "balance upside down"),
+          ("(win / lose.clamp(min=1e-30)).sqrt()", "(win / lose.clamp(min=1e-30))", "ratio of squares instead of norms"),
+          ('lam.clamp(max=1) if rule == "clamped"', 'lam.clamp(max=1) if rule == "balance"', "the other rule is clamped"),
+          ("win, lose, dot = _dot(g_win, g_win), _dot(g_lose, g_lose), _dot(g_win, g_lose)",
+           "win, lose, dot = (x.mean().expand(len(x)) for x in (_dot(g_win, g_win), _dot(g_lose, g_lose), _dot(g_win, g_lose)))",
+           "one lam for the whole batch"),
+          ("torch.where(valid, 4 / gap", "torch.where(valid, 4 / gap.sqrt()", "beta from the gap's root"),
+          ("_change(eps, eps_ref, z_win), _change(eps, eps_ref, z_lose)", "_change(eps, eps_ref, z_lose), _change(eps, eps_ref, z_win)",
+           "winner and loser exchanged in the CPO margin"),
+          ("_dot(eps - eps_ref, eps + eps_ref - 2 * goal)", "_error(eps, goal)", "no reference in the margin"),
+          ("_dot(eps - eps_ref, eps + eps_ref - 2 * goal)", "_error(eps, goal) - _error(eps_ref, goal)", "difference of nearly equal errors in float32"),
+          ("else x.float() for x", "else x for x", "half precision inside the loss"),
+          ("_wide(eps, eps_ref.detach(), z_win.detach(), z_lose.detach())", "_wide(eps, eps_ref, z_win, z_lose)", "the auxiliary is trained too"),
+          ("(x.detach() for x in _wide(ref_win, goal_win, ref_lose, goal_lose))", "_wide(ref_win, goal_win, ref_lose, goal_lose)", "DPO's reference is trained too"),
+          ("_change(eps_lose, ref_lose, goal_lose), beta, lam)", "_change(eps_lose, ref_win, goal_lose), beta, lam)", "the loser is compared with the winner's reference"),
+          ("valid = gap > 0", "valid = gap >= 0", "samples that say nothing count")),
+    *_all("train_cpo.py",
+          ("target = base.frozen_copy().requires_grad_(True)", "target = base.requires_grad_(True)",
+           "reference and target are one object: the loss stays at 0.693", "DPO issue 46 and several public copies"),
+          ("eps = target(xt, t, plain)", "eps = target(xt, t, win)", "the target is shown the attributes"),
+          ("eps_ref = reference(xt, t, plain)", "eps_ref = reference(xt, t, win)", "the reference is shown the attributes"),
+          ("z_win, z_lose = auxiliary(", "z_lose, z_win = auxiliary(", "learns to prefer the negative attributes"),
+          ("win[chosen & (win < 0)]", "win[win < 0]", "the gap is about the whole tree, not the chosen branch"),
+          ("lose[chosen & (lose > 0)] = -1", "lose[chosen & (lose > 0)] = 1", "opposite prompts that are not opposite"),
+          (", t.cpu(), noise.cpu())", ", t.cpu())", "each picture of a DPO pair has its own noise", "SalesforceAIResearch/DiffusionDPO issue 3"),
+          (", t.cpu(), noise.cpu())", ", None, noise.cpu())", "each picture of a DPO pair has its own t"),
+          ("if badness[first] < badness[second]", "if badness[first] > badness[second]", "DPO prefers the worse picture"),
+          ("np.argsort(badness, kind", "np.argsort(-badness, kind", "SFT on the worst part"),
+          ("generator, args.lean)", "generator)", "--lean does nothing"),
+          ('train = data.split("train")', 'train = data.split("test")', "aligned on the test pictures")),
+    *_all("train_sft.py",
+          ("annotations = batch.annotations.copy()", "annotations = batch.annotations", "prompts eat the data set's annotations"),
+          ("(kind < 0.1)[:, None] & (annotations < 0)", "(kind < 0.1)[:, None] & (annotations > 0)", "no prompt with positive attributes only"),
+          ("return [criteria.prompt(caption) for caption in drop_caption(batch.captions, generator)]",
+           "return [criteria.prompt(*pair) for pair in zip(drop_caption(batch.captions, generator), batch.annotations)]",
+           "the base model is shown attributes"),
+          ("model = base.frozen_copy().requires_grad_(True)", "model = base.requires_grad_(True)", "SFT overwrites the base model"),
+          ('sft_step(args, data.split("train"), caption_prompts)', 'sft_step(args, data.split("test"), caption_prompts)', "trained on the test pictures")),
+    *_all("nanocpo/train.py",
+          ('"" if u < probability', '"" if u > probability', "prompt drop inverted", "yuanchenyang/smalldiffusion: inverted label dropout passes its tests"),
+          ("list(model.parameters()), 1 - decay)", "list(model.parameters()), decay)", "EMA that hardly averages"),
+          ('"ema": average.state_dict()', '"ema": model.state_dict()', "the checkpoint holds the raw weights twice"),
+          ('optimizer.load_state_dict(state["optimizer"])', "pass", "resuming forgets the momentum"),
+          ('generator.set_state(state["rng"].cpu())', "pass", "resuming repeats the first batches"),
+          ('first = state["step"]', "first = 0", "resuming starts from step 0"),
+          ("model.parameters(), recipe.clip)", "model.parameters(), 1e9)", "gradients are not clipped"),
+          ("optimizer.zero_grad(set_to_none=True)", "pass", "gradients pile up", "a classic"),
+          ("        optimizer.step()\n", "", "the optimiser never steps", "yuanchenyang/smalldiffusion: passes its tests"),
+          ("min(1, (step + 1) / max(self.warmup, 1))", "1", "no warm-up"),
+          ("mean(value, valid & (bins == i))", "mean(value, valid)", "every timestep bin shows the average"),
+          ("u ** lean", "u ** (1 / lean)", "timesteps lean to the clean end"),
+          ("model.diffusion.goal(x0, t, noise)", "model.diffusion.goal(x0, t, torch.randn_like(noise))", "the goal is not the noise that was added"),
+          ("torch.randint(len(data), (batch,), generator=generator)", "torch.randint(len(data), (batch,))", "batches ignore the seed")),
+    *_all("nanocpo/model.py",
+          ("torch.linalg.inv(self.mix)", "self.mix.T", "decode undoes the rotation but not the scale"),
+          ('model.load_state_dict(content["ema"])', 'model.load_state_dict(content["model"])', "the averaged weights are not used"),
+          ('temporary = path.with_name(path.name + ".tmp")', "temporary = path", "a killed run leaves half a checkpoint"),
+          ("weights_only=True", "weights_only=False", "a checkpoint can run code"),
+          ("some = torch.cat([some, self.text.tokens(negative[start:start + batch])])",
+           "some = torch.cat([self.text.tokens(negative[start:start + batch]), some])", "guided towards the negative prompt"),
+          ("return copy.deepcopy(self).eval()", "return self.eval()", "a frozen copy that is no copy")),
+    *_all("nanocpo/text.py",
+          ("row[1 + leaf] = side", "row[1 + leaf] = 1", "negative attributes are read as positive"),
+          ("if meant != side", "if meant is None", "a phrase may stand on the wrong side")),
+    *_all("nanocpo/criteria.py",
+          ("if states[i] == -side", "if False", "an attribute may be positive and negative"),
+          ("a.negative for a, s in pairs if s < 0", "a.negative for a, s in pairs if s <= 0", "what was not judged counts as negative"),
+          ("if any(tree is parent for parent in seen)", "if False", "a tree that contains itself")),
+    *_all("nanocpo/critic.py",
+          ("np.where(scores > 0, 1, -1)", "np.where(scores > 0, -1, 1)", "verdicts upside down"),
+          ("np.minimum(turn, 1 - turn)", "turn", "hues do not wrap around"),
+          ("np.abs(slope), np.abs(place", "slope, np.abs(place", "a horizon that falls to the left is level"),
+          ("(dark > sky) | (light < sky) & (light > 0)", "dark > 9", "a tree's crown does for a sun")),
+    *_all("nanocpo/painter.py",
+          ("rgb *= 0.48", "rgb *= 0.9", "too dark is not dark"),
+          ('-0.13 if good["Harmony"] else 0.42', '0.42 if good["Harmony"] else -0.13', "clashing and analogous exchanged")),
+    *_all("nanocpo/data.py",
+          ("range(0, 8)", "range(0, 9)", "validation pictures are trained on"),
+          (">= math.ceil(len(names) / 3)", ">= math.floor(len(names) / 3)", "a third is rounded down"),
+          (".float() / 127.5 - 1", ".float() / 255", "pictures in [0, 1] for a model of [-1, 1]"),
+          ("if not inside:", "if False:", "a line may read any file of the machine"),
+          ("ImageOps.exif_transpose(image)", "image", "photographs lie on their side")),
+    *_all("nanocpo/evaluate.py",
+          ("/ len(values) ** 0.5", "/ len(values)", "intervals far too narrow"),
+          ("- 2 * cross", "- cross", "Fréchet distance of equal sets is not 0"),
+          ("(len(x) * (len(x) - 1))", "len(x) ** 2", "diversity counts a picture against itself"),
+          ("if kind == \"plain\" else positive", "if kind != \"prompted\" else positive", "the guided row has no attributes")),
+    *_all("nanocpo/muon.py",
+          ("max(1, rows / columns) ** 0.5", "1", "tall matrices take too small a step"),
+          ("factor = 3.4445", "factor = 2.4445", "the iteration does not reach 1")),
+    *_all("nanocpo/unet.py",
+          ("value, gate = self.proj(x)", "gate, value = self.proj(x)", "GEGLU halves exchanged"),
+          ("nn.GroupNorm(config.groups, dim, 1e-6)", "nn.GroupNorm(config.groups, dim, 1e-5)", "the transformer's norm with the ResBlock's eps"),
+          ("torch.cat([angles.cos(), angles.sin()], dim=1)", "torch.cat([angles.sin(), angles.cos()], dim=1)", "sine before cosine"),
+          ('"b n (h d) -> b h n d"', '"b n (d h) -> b h n d"', "heads are cut across the wrong axis"),
+          ("self.time_emb_proj(F.silu(time))", "self.time_emb_proj(time)", "the second SiLU of the time embedding is missing")),
+]
+
+
+def check():
+    """Every mutant's old text must occur exactly once. Returns the list of complaints."""
+    counts = [(m, (ROOT / m.file).read_text(encoding="utf-8").count(m.old)) for m in MUTANTS]
+    return [f"{m.file}: '{m.old}' occurs {n} times ({m.why})" for m, n in counts if n != 1]
+
+
+def _python_files():
+    return sorted(p for pattern in ("*.py", "nanocpo/**/*", "tests/*.py", "docs/*.md", "*.toml", "README.md") for p in ROOT.glob(pattern)
+                  if p.is_file() and p.suffix != ".pyc")
+
+
+def _pytest(folder, files, timeout=900):
+    """Whether the tests pass in this copy; a run that hangs has noticed something too."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *files]
+    try:
+        return subprocess.run(command, cwd=folder, env=environment, capture_output=True, timeout=timeout).returncode == 0
+    except subprocess.TimeoutExpired:
+        return False
+
+
+def survives(mutant):
+    """Apply the mutant (None: no change) to a copy and run the tests: its own file's first, then all others."""
+    with tempfile.TemporaryDirectory() as folder:
+        for path in _python_files():
+            copy = Path(folder) / path.relative_to(ROOT)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(path, copy)
+        tests = sorted(f"tests/{p.name}" for p in (Path(folder) / "tests").glob("test_*.py") if p.name != "test_mutants.py")
+        if mutant is None:
+            return _pytest(folder, tests)
+        path = Path(folder) / mutant.file
+        path.write_text(path.read_text(encoding="utf-8").replace(mutant.old, mutant.new), encoding="utf-8")
+        name = path.stem
+        own = [test for test in tests if test == f"tests/test_{TESTS.get(name, name)}.py"]
+        return _pytest(folder, own) and _pytest(folder, [test for test in tests if test not in own])
+
+
+def main(argv=None):
+    """Run the mutants; exit status 1 if one survives."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--jobs", type=int, default=os.cpu_count())
+    parser.add_argument("--every", type=int, default=1, help="take every n-th mutant")
+    parser.add_argument("--only", default="", help="take the mutants whose file's name contains this")
+    parser.add_argument("--results", default="out/mutants.json", help="what is known so far; forgotten when any file changes")
+    args = parser.parse_args(argv)
+    if check():
+        raise SystemExit("mend these mutants first:\n" + "\n".join(check()))
+    state = hashlib.sha256(b"".join(path.read_bytes() for path in _python_files())).hexdigest()
+    results, known = Path(args.results), {}
+    if results.exists() and (content := json.loads(results.read_text())).get("state") == state:
+        known = content["survived"]
+    if "none" not in known:
+        if not survives(None):
+            raise SystemExit("the tests fail without any mutant; mend that first")
+        known["none"] = True
+    todo = [m for m in MUTANTS if args.only in m.file][::args.every]
+    results.parent.mkdir(parents=True, exist_ok=True)
+
+    def run(mutant):
+        key = repr(astuple(mutant))
+        if key not in known:
+            known[key] = survives(mutant)
+            temporary = results.with_suffix(".tmp")
+            temporary.write_text(json.dumps({"state": state, "survived": dict(known)}, indent=1))
+            os.replace(temporary, results)
+            print("SURVIVED" if known[key] else "caught  ", mutant.file, "|", mutant.why, flush=True)
+        return known[key]
+
+    with ThreadPoolExecutor(args.jobs) as pool:
+        survivors = [mutant for mutant, alive in zip(todo, pool.map(run, todo)) if alive]
+    print(f"{len(todo) - len(survivors)} of {len(todo)} mutants caught")
+    for mutant in survivors:
+        print(f"survived: {mutant.file}: {mutant.why}\n  {mutant.old}\n  {mutant.new}")
+    return 1 if survivors else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
