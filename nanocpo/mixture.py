@@ -53,8 +53,8 @@ class Mixture:
         return (scale * mean_pull).view(xt.shape).to(xt)
 
     def reward(self, xt, alpha_bar, positive, negative):
-        """log p(positive | x_t) - log p(negative | x_t) (E3), by Bayes' rule: (B,). The same constant log p(negative) - log p(positive)
-        short of log p(x_t | positive) - log p(x_t | negative)."""
+        """log p(positive | x_t) - log p(negative | x_t) (E3), by Bayes' rule: (B,). That is
+        log p(x_t | positive) - log p(x_t | negative) and a constant; p_ref exp(reward / beta) is the optimum (E4)."""
         plain = torch.zeros_like(self.states[0])
         share = [self.chosen(plain)[0][self.chosen(a)[0] > -torch.inf].logsumexp(0) for a in (positive, negative)]
         return self.log_prob(xt, alpha_bar, positive) + share[0] - self.log_prob(xt, alpha_bar, negative) - share[1]
@@ -71,7 +71,8 @@ def flawed_world():
     """Two attributes, four kinds of picture. The first attribute is positive on the right, the second at the top; only 2 % of the
     pictures are good in both, as with real paintings: what a plain caption asks for is hardly ever the masterpiece."""
     return Mixture(mean=[(1.5, 1.3), (-1.5, 1.3), (1.5, -1.3), (-1.5, -1.3)],
-                   cov=[((0.16, 0.0), (0.0, 0.16)), ((0.30, 0.10), (0.10, 0.20)), ((0.20, -0.10), (-0.10, 0.30)), ((0.25, 0.0), (0.0, 0.25))],
+                   cov=[((0.16, 0.0), (0.0, 0.16)), ((0.30, 0.10), (0.10, 0.20)), ((0.20, -0.10), (-0.10, 0.30)),
+                        ((0.25, 0.0), (0.0, 0.25))],
                    weight=[0.02, 0.32, 0.32, 0.34], states=[(1, 1), (-1, 1), (1, -1), (-1, -1)])
 
 

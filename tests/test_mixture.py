@@ -200,6 +200,14 @@ def test_balance_moves_both_errors_the_right_way_conserves_their_sum_and_ends_at
     assert arrived[LONG].median() < 0.01 and (arrived[LONG] < 0.1).double().mean() > 0.9, arrived.max()
 
 
+def test_balance_below_full_strength_ends_at_the_winner():
+    """lam = 0.8 |g_win| / |g_lose|: the winner's error falls at least as exp(-0.2 s), since nothing else stops it (E14)."""
+    path = list(flow("balance", 0.8, 1500, 0.02))
+    distance = [length(eps - WIN) for eps in path]
+    assert shrinks(distance, 1e-9)
+    assert (distance[-1] <= distance[0] * math.exp(-0.2 * 30) * 1.05).all()
+
+
 def side_and_offset(eps):
     """How far eps is from the midpoint along d (> 0: nearer to the winner), and its distance rho from the axis: (B,) each."""
     off = eps - (WIN + LOSE) / 2
