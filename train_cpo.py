@@ -17,23 +17,27 @@ import torch
 
 from nanocpo.critic import unmeasured
 from nanocpo.data import to_images
+from nanocpo.diffusion import guide
 from nanocpo.evaluate import evaluate, table
 from nanocpo.grid import save_grid
-from nanocpo.losses import RULES, cpo_loss, dpo_loss
+from nanocpo.losses import RULES, cpo_loss, dpo_loss, sft_loss
 from nanocpo.train import add_common_arguments, draw, draw_t, load_data, noised
 from train_sft import add_sft_arguments, caption_prompts, ensure_models, run_stage, sft_step
 
 
 def add_cpo_arguments(parser):
     """The flags of stage 2. The values are ours; docs/log.md has the few tries behind them."""
-    parser.add_argument("--method", choices=["cpo", "dpo", "sft"], default="cpo", help="dpo: Diffusion-DPO on pairs of pictures "
-                        "with fewer and more negative attributes; sft: plain fine-tuning on the best pictures")
+    parser.add_argument("--method", choices=["cpo", "esd", "dpo", "sft"], default="cpo", help="esd: regression to the guided target "
+                        "that the rule constant ends at; dpo: Diffusion-DPO on pairs of pictures with fewer and more negative attributes; "
+                        "sft: plain fine-tuning on the best pictures")
     parser.add_argument("--stabilizer", choices=RULES, help="how far the loser's gradient is held back; default: constant for cpo, "
                         "none for dpo")
     parser.add_argument("--strength", type=float, default=0.55, help="k, mu or share of the stabilizer (losses.restraint)")
     parser.add_argument("--beta", type=float, help="preference strength; default: 4 / gap per sample for cpo, 200 for dpo")
     parser.add_argument("--pairs", choices=["own", "completed", "opposite"], default="opposite",
                         help="what the auxiliary's two prompts list (preference_prompts)")
+    parser.add_argument("--anchor", choices=["auxiliary", "reference"], default="auxiliary", help="where the two targets stand: as the "
+                        "auxiliary gives them, or with the same gap on both sides of the reference")
     parser.add_argument("--criteria", nargs="+", help="align on these branches of the tree only, by name or path")
     parser.add_argument("--best", type=float, default=0.1, help="share of the data that --method sft keeps")
     parser.add_argument("--steps", type=int, default=180)
@@ -48,7 +52,7 @@ def add_cpo_arguments(parser):
 
 def preference_prompts(criteria, batch, columns, pairs):
     """The auxiliary's two prompts for each picture: B winners, B losers. `columns` are the leaves to align on; the rest of the
-    annotation, the context, stands in both prompts alike, so that the gap between the two is about the chosen leaves only.
+    annotation, the context, stands in both prompts alike, so that the gap between the two is about the chosen leaves only (E2).
 
     own: the picture's own positive against its own negative attributes (the paper's A_pos and A_neg);
     completed (ours): each negative attribute's positive twin joins the winner; opposite (ours): all positive against all negative."""
@@ -60,7 +64,10 @@ def preference_prompts(criteria, batch, columns, pairs):
 
 
 def cpo_step(args, data, reference, auxiliary, columns):
-    """The loss of one CPO step: one noised batch, four predictions."""
+    """The loss of one CPO step: one noised batch, four predictions (E2), the targets moved to the reference if so asked (E18): then
+    the rule `constant` ends at an optimum under the KL penalty (E4).
+
+    Method esd (2303.07345): plain regression to the target guided at scale 1 / (1 - k), where `constant` ends (E17)."""
     def loss_step(target, generator):
         batch = draw(data, args.batch, generator)
         t = draw_t(args.batch, target.diffusion.steps, generator, args.lean)
@@ -71,13 +78,18 @@ def cpo_step(args, data, reference, auxiliary, columns):
             eps_ref = reference(xt, t, plain)
             # both targets in one batch: their small difference must not be a difference of kernels
             z_win, z_lose = auxiliary(torch.cat([xt, xt]), torch.cat([t, t]), win + lose).chunk(2)
+            if args.anchor == "reference":                                # the margin is the same; only what the stabiliser
+                middle = (z_win + z_lose) / 2                             # pulls back to is not, orthogonal to the gap
+                z_win, z_lose = z_win - middle + eps_ref, z_lose - middle + eps_ref
         eps = target(xt, t, plain)
+        if args.method == "esd":
+            return *sft_loss(eps, guide(z_win, z_lose, 1 / (1 - args.strength))), t
         return *cpo_loss(eps, eps_ref, z_win, z_lose, args.beta, args.stabilizer or "constant", args.strength), t
     return loss_step
 
 
 def dpo_step(args, data, reference, columns):
-    """The loss of one Diffusion-DPO step: pairs of pictures with one caption, fewer against more negative attributes."""
+    """The loss of one Diffusion-DPO step (E8): pairs of pictures with one caption, fewer against more negative attributes."""
     rule, beta = args.stabilizer or "none", 200.0 if args.beta is None else args.beta
     badness = (data.annotations[:, columns] < 0).sum(1)
     groups = {caption: np.flatnonzero(np.array(data.captions) == caption) for caption in set(data.captions)}
@@ -112,15 +124,16 @@ def best_part(args, data, columns):
     return data.take(np.argsort(badness, kind="stable")[:max(1, round(len(data) * args.best))])
 
 
-def align(args, data, base, auxiliary):
-    """Train OUT/NAME.pt from the base model; returns (the aligned model, frozen; the last log line)."""
+def align(args, data, base, auxiliary, watch=None):
+    """Train OUT/NAME.pt from the base model; returns (the aligned model, frozen; the last log line). watch: see run_stage."""
     train = data.split("train")
     columns = data.criteria.columns(args.criteria) if args.criteria else list(range(len(data.criteria)))
     target = base.frozen_copy().requires_grad_(True)                      # its own weights: base stays the reference
     loss_step = {"cpo": lambda: cpo_step(args, train, base, auxiliary, columns),
+                 "esd": lambda: cpo_step(args, train, base, auxiliary, columns),
                  "dpo": lambda: dpo_step(args, train, base, columns),
                  "sft": lambda: sft_step(args, best_part(args, train, columns), caption_prompts)}[args.method]()
-    return run_stage(args, target, loss_step, args.name, args.steps, args.lr)
+    return run_stage(args, target, loss_step, args.name, args.steps, args.lr, watch=watch)
 
 
 def report(args, base, auxiliary, target, seconds):

@@ -71,8 +71,9 @@ def train_auxiliary(args, data, base):
                      kinds=("plain", "positive", "negative"))
 
 
-def run_stage(args, model, loss_step, name, steps, lr, kinds=("plain",)):
-    """fit() with the script's flags, and a grid every so often: a row for each kind of prompt, always the same noise."""
+def run_stage(args, model, loss_step, name, steps, lr, kinds=("plain",), watch=None):
+    """fit() with the script's flags, and a grid every so often: a row for each kind of prompt, always the same noise.
+    watch(averaged model, step) is called instead of the grid, if given."""
     captions = [model.captions[i % len(model.captions)] for i in range(8)]
     prompts = dict(zip(("plain", "positive", "negative"), all_prompts(model.criteria, captions)))
 
@@ -82,7 +83,7 @@ def run_stage(args, model, loss_step, name, steps, lr, kinds=("plain",)):
         save_grid(Path(args.out) / "samples" / f"{name}_{step:05d}.png", images, captions * len(kinds), titles=titles)
 
     return fit(model, loss_step, Recipe(steps=steps, lr=lr, batch=args.batch), Path(args.out) / f"{name}.pt", name=name,
-               seed=args.seed, bf16=args.bf16, resume=args.resume, save_every=args.save_every, pictures=pictures,
+               seed=args.seed, bf16=args.bf16, resume=args.resume, save_every=args.save_every, pictures=watch or pictures,
                sample_every=args.sample_every)
 
 

@@ -22,7 +22,7 @@ SCHEDULES = {"cosine": cosine_alpha_bar, "scaled_linear": scaled_linear_alpha_ba
 
 def guide(positive, negative, scale):
     """Classifier-free guidance (2207.12598) from the negative prompt's prediction to the positive one's, on all channels;
-    scale 1 is the positive prompt alone."""
+    scale 1 is the positive prompt alone; scale 1 / (1 - k) is the limit of CPO's rule `constant` (E17)."""
     return negative + scale * (positive - negative)
 
 
@@ -41,7 +41,7 @@ class Diffusion:
         return alpha_bar.sqrt().to(like), (1 - alpha_bar).sqrt().to(like)
 
     def q_sample(self, x0, t, noise):
-        """The forward process: x_t from x_0 and noise, both (B, C, H, W)."""
+        """The forward process (E1): x_t from x_0 and noise, both (B, C, H, W)."""
         a, s = self.scales(t, x0)
         return a * x0 + s * noise
 
@@ -69,7 +69,7 @@ class Diffusion:
     def sample(self, predict, xt, count=14, eta=0.0, generator=None, clip=None):
         """Run the reverse process from noise xt (B, C, H, W). predict(xt, t) -> eps or v.
 
-        eta 0 is DDIM (2010.02502, equation 12), eta 1 with count = T is DDPM with the posterior variance; noise is added
+        eta 0 is DDIM (2010.02502, equation 12), eta 1 with count = T is DDPM with the posterior variance (E6); noise is added
         at every step but the last, and drawn on the CPU, as the generator's. clip: a function that brings x0 back among the
         latents of pictures; None: no bounds."""
         times = self.timesteps(count)

@@ -2,9 +2,9 @@
 
 Conventions, stated once (Diffusion-DPO's, 2311.12908):
 - an error is the *mean* over (C, H, W) of a squared difference, per sample: shape (B,). |.|^2 below is this mean;
-- the margin u carries the factor 1/2 and beta (which absorbs T * omega(t)); log-sigmoid is taken per sample, then the mean over B;
+- the margin u carries the factor 1/2 and beta (which absorbs T * omega(t)) (E7); log-sigmoid is taken per sample, then the mean over B;
 - `eps` is what the target predicts: noise, or velocity for a v-model. The formulas hold in either space; for v the margin weighs
-  timestep t by 1 / alpha_bar_t more than for eps, since |dv|^2 = |d eps|^2 / alpha_bar_t at the same x_t;
+  timestep t by 1 / alpha_bar_t more than for eps, since |dv|^2 = |d eps|^2 / alpha_bar_t at the same x_t (E16);
 - everything is computed in float32 at least, whatever comes in: z_w - z_l is small and would be rounding noise in bfloat16.
 
 logs: {name: detached tensor (B,)}. The mask `valid` marks samples that count.
@@ -44,16 +44,16 @@ def sft_loss(eps, goal):
 
 
 def restraint(rule, g_win, g_lose, strength):
-    """lam (B,): the share of the loser's gradient in the update g_win - lam * g_lose, per sample (ours; docs/derivation.md).
+    """lam (B,): the share of the loser's gradient in the update g_win - lam * g_lose, per sample (ours; E11).
 
     g_win = eps - z_win, g_lose = eps - z_lose, both (B, C, H, W). What `strength` means, and the limit of the output:
-      none       1                                     no limit: it drifts along z_win - z_lose for ever
+      none       1                                     no limit: it drifts along z_win - z_lose for ever (E10)
       winner     0                                     z_win: plain regression
-      constant   strength = k < 1                      z_win + k / (1 - k) (z_win - z_lose): a guided target
+      constant   strength = k < 1                      z_win + k / (1 - k) (z_win - z_lose): a guided target (E12)
       safeguard  strength = mu: min(1, (1 - mu) |g_win|^2 / <g_win, g_lose>), and 1 where the dot product is not positive
-                 (2511.03317): the winner's error never rises
-      balance    strength * |g_win| / |g_lose|: at strength 1 the winner's error never rises and the loser's never falls
-      clamped    min(1, balance)
+                 (2511.03317): the winner's error never rises (E13)
+      balance    strength * |g_win| / |g_lose|: at strength 1 the winner's error never rises and the loser's never falls (E14)
+      clamped    min(1, balance): close to z_win (E15)
     """
     win, lose, dot = _dot(g_win, g_win), _dot(g_lose, g_lose), _dot(g_win, g_lose)
     one = torch.ones_like(win)
@@ -69,10 +69,10 @@ def restraint(rule, g_win, g_lose, strength):
 
 
 def preference_loss(win, lose, beta, lam, valid=None):
-    """-log sigmoid(u), u = -1/2 beta (win - lose), from the two changes of error (B,): the target's less the reference's.
+    """-log sigmoid(u), u = -1/2 beta (win - lose) (E5, E7), from the two changes of error (B,): the target's less the reference's.
 
     beta: a number or (B,). lam (B,) is applied straight through: it scales the gradient through `lose` and leaves the value
-    of the loss alone. valid (B,) bool: samples that count in the mean; if none does, the loss is log 2 without a gradient."""
+    of the loss alone (E11). valid (B,) bool: samples that count in the mean; if none does, the loss is log 2 without a gradient."""
     lose = lose.detach() + lam * (lose - lose.detach())
     margin = -0.5 * beta * (win - lose)
     loss = -F.logsigmoid(margin)
@@ -84,7 +84,7 @@ def preference_loss(win, lose, beta, lam, valid=None):
 
 
 def dpo_loss(eps_win, ref_win, goal_win, eps_lose, ref_lose, goal_lose, beta=200.0, stabilizer="none", strength=0.0):
-    """Diffusion-DPO (2311.12908, equation 14): a preferred and a rejected *picture*, at the same t and with the same noise.
+    """Diffusion-DPO (E8; 2311.12908, equation 14): a preferred and a rejected *picture*, at the same t and with the same noise.
 
     eps_*: the target's predictions at the two noised pictures, ref_*: the reference's, goal_*: the noise (or velocity) that was
     added; all (B, C, H, W). stabilizer "safeguard" makes it SDPO (2511.03317)."""
@@ -102,12 +102,13 @@ def _errors(eps_win, ref_win, goal_win, eps_lose, ref_lose, goal_lose):
 
 
 def cpo_loss(eps, eps_ref, z_win, z_lose, beta=None, stabilizer="constant", strength=0.5):
-    """CPO, stage 2 (2601.04300; the formula is our derivation from the abstract, docs/derivation.md).
+    """CPO, stage 2 (E7; 2601.04300; the formula is our derivation from the abstract).
 
     One noised picture x_t, four predictions there, all (B, C, H, W): the target's and the reference's under the plain caption, and
     the frozen auxiliary model's towards the positive (z_win) and the negative attributes (z_lose):
         u = -1/2 beta [(|z_win - eps|^2 - |z_win - eps_ref|^2) - (|z_lose - eps|^2 - |z_lose - eps_ref|^2)]
-    beta None takes 4 / |z_win - z_lose|^2 per sample (ours): then u = 4 where eps has gone the whole way from z_lose to z_win,
+    Both targets share x_t, so u = beta <z_win - z_lose, eps - eps_ref> (E9).
+    beta None takes 4 / |z_win - z_lose|^2 per sample (ours; E16): then u = 4 where eps has gone the whole way from z_lose to z_win,
     whatever the timestep. A sample with z_win = z_lose says nothing and is masked out."""
     eps, eps_ref, z_win, z_lose = _wide(eps, eps_ref.detach(), z_win.detach(), z_lose.detach())
     gap = _error(z_win, z_lose)

@@ -1,0 +1,296 @@
+"""docs/derivation.md: its table names what exists, every equation is cited by code and by a test; and the equations of its first half."""
+import argparse
+import ast
+import importlib
+import inspect
+import math
+import re
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+
+import train_cpo
+from nanocpo.data import from_painter
+from nanocpo.diffusion import Diffusion, guide
+from nanocpo.losses import cpo_loss, dpo_loss, preference_loss
+from nanocpo.model import Model
+from nanocpo.train import draw_t
+from nanocpo.unet import UNetConfig
+
+ROOT = Path(__file__).parent.parent
+TEXT = (ROOT / "docs" / "derivation.md").read_text(encoding="utf-8")
+
+
+# ---------------------------------------------------------------------------------------------------------- the table
+
+def parse_table(text):
+    """The rows of the last table: [(equation, [code names], [test names])]."""
+    rows = []
+    for line in text.splitlines():
+        cells = [cell.strip() for cell in line.strip().strip("|").split("|")]
+        if re.fullmatch(r"E\d+", cells[0]) and len(cells) == 4:
+            rows.append((cells[0], *(re.findall(r"`([\w.]+)`", cell) for cell in cells[2:])))
+    return rows
+
+
+def find_code(name):
+    """"losses.cpo_loss" or "train_cpo.cpo_step" -> the object; AttributeError or ModuleNotFoundError if it is gone."""
+    module, *path = name.split(".")
+    found = importlib.import_module(module if (ROOT / f"{module}.py").exists() else f"nanocpo.{module}")
+    for part in path:
+        found = getattr(found, part)
+    return found
+
+
+@cache
+def functions_in(module):
+    """{function name: source} of the functions in tests/MODULE.py, decorators aside."""
+    source = (ROOT / "tests" / f"{module}.py").read_text(encoding="utf-8")
+    lines = source.splitlines()
+    return {node.name: "\n".join(lines[node.lineno - 1:node.end_lineno]) for node in ast.parse(source).body
+            if isinstance(node, ast.FunctionDef)}
+
+
+def find_test(name):
+    """"test_losses.test_x" -> its source; KeyError or FileNotFoundError if there is no such test."""
+    module, function = name.split(".")
+    return functions_in(module)[function]
+
+
+def cited(source):
+    """Numbers of the equations that stand in parentheses: "(E3)", "(ours; E4, E5)" -> {"E3", "E4", "E5"}."""
+    return {name for inside in re.findall(r"\(([^()]*)\)", source) for name in re.findall(r"\bE\d+\b", inside)}
+
+
+def faults(text):
+    """What is wrong with the table, as a list of sentences."""
+    rows, out = parse_table(text), []
+    tags = re.findall(r"\\tag\{(E\d+)\}", text)
+    if tags != [f"E{i + 1}" for i in range(len(tags))]:
+        out.append(f"equations are not numbered in order: {tags}")
+    if [row[0] for row in rows] != tags:
+        out.append(f"rows of the table {[row[0] for row in rows]} are not the equations {tags}")
+    for number, code, tests in rows:
+        sources = {"function": [], "test": []}
+        for kind, names, find in (("function", code, lambda name: inspect.getsource(find_code(name))), ("test", tests, find_test)):
+            for name in names:
+                try:
+                    sources[kind].append(find(name))
+                except (AttributeError, ImportError, KeyError, FileNotFoundError, ValueError):
+                    out.append(f"{number}: the {kind} {name} does not exist")
+            if not any(number in cited(source) for source in sources[kind]):
+                out.append(f"{number}: no {kind} of {names} cites it")
+    return out
+
+
+def test_every_equation_has_code_and_test_that_cite_it():
+    assert not faults(TEXT), "\n".join(faults(TEXT))
+    assert len(parse_table(TEXT)) == 19
+
+
+@pytest.mark.parametrize("old, new, complaint", [
+    ("`losses.restraint`", "`losses.restrain`", "E10: the function losses.restrain does not exist"),
+    ("`test_losses.test_half_and_pixel_mean`", "`test_losses.test_half`", "E7: the test test_losses.test_half does not exist"),
+    ("`train.draw_t`", "`train.draw`", "E19: no function of ['train.draw'] cites it"),
+    ("`test_derivation.test_share_of_noisy_timesteps`", "`test_losses.test_defaults`", "E19: no test of"),
+    (r"\tag{E19}", r"\tag{E20}", "equations are not numbered in order"),
+    ("| E19 |", "| E18 |", "rows of the table"),
+])
+def test_the_table_is_really_checked(old, new, complaint):
+    assert old in TEXT and any(fault.startswith(complaint) for fault in faults(TEXT.replace(old, new)))
+
+
+def test_equations_that_the_text_refers_to_exist():
+    """And those that any code or test cites."""
+    tags = set(re.findall(r"\\tag\{(E\d+)\}", TEXT))
+    files = [path for folder in (ROOT, ROOT / "nanocpo", ROOT / "tests") for path in folder.glob("*.py") if path != Path(__file__)]
+    for path in files:
+        assert cited(path.read_text(encoding="utf-8")) <= tags, path.name
+    assert set(re.findall(r"\(E\d+\)", TEXT)) <= {f"({tag})" for tag in tags}
+
+
+# ------------------------------------------------------------------------------------------------------ the equations
+
+def randn(count, shape=(4, 3, 2, 2), seed=0):
+    return torch.randn(count, *shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).unbind()
+
+
+def close(a, b, atol=1e-10):
+    torch.testing.assert_close(a, torch.as_tensor(b, dtype=a.dtype).expand_as(a), rtol=0, atol=atol)
+
+
+def mean(x):
+    return x.flatten(1).mean(1)
+
+
+def tilted(reward, reference, beta):
+    """p_ref exp(r / beta) / Z on a finite set of outcomes."""
+    return (reference.log() + reward / beta).softmax(0)
+
+
+def test_tilted_density_is_the_optimum():
+    """E[r] - beta KL(p | p_ref) is largest at p_ref exp(r / beta) / Z (E4): against 2,000 others, near and far, on seven outcomes."""
+    reward, noise = randn(2, (7,))
+    reference, beta = noise.softmax(0), 0.7
+    best = tilted(reward, reference, beta)
+    objective = lambda p: (p * reward).sum(-1) - beta * (p * (p / reference).log()).sum(-1)
+    step = torch.randn(2000, 7, generator=torch.Generator().manual_seed(1), dtype=torch.float64) * torch.logspace(-3, 1, 2000)[:, None]
+    assert (objective((best.log() + step).softmax(1)) <= objective(best) + 1e-12).all()
+    close(objective(best), beta * (reference * (reward / beta).exp()).sum().log())       # and its value is beta log Z
+
+
+def test_margin_of_the_optimum_is_the_difference_of_rewards():
+    """Put p* into DPO's margin (E5): r_w - r_l, Z gone; losses.preference_loss takes -2 log-ratios for its changes of error."""
+    reward, noise = randn(2, (7,))
+    reference, beta = noise.softmax(0), 0.7
+    ratio = (tilted(reward, reference, beta) / reference).log()
+    win, lose = torch.tensor([0, 1, 2]), torch.tensor([3, 4, 5])
+    loss, logs = preference_loss(-2 * ratio[win], -2 * ratio[lose], beta, torch.ones(3).double())
+    close(logs["margin"], reward[win] - reward[lose])
+    close(loss, -(reward[win] - reward[lose]).sigmoid().log().mean())
+
+
+def reverse_step(diffusion, xt, z, seed):
+    """x_{t-1} from the sampler's first step of DDPM when the prediction is z, and the standard normal noise that it drew."""
+    seen = []
+
+    def predict(x, t):
+        seen.append(x)
+        return z
+    diffusion.sample(predict, xt, diffusion.steps, eta=1.0, generator=torch.Generator().manual_seed(seed))
+    return seen[1], torch.randn(xt.shape, generator=torch.Generator().manual_seed(seed), dtype=xt.dtype)
+
+
+def step_weight(diffusion, t):
+    """omega_t of (E6)."""
+    alpha = diffusion.alpha_bar[t] / diffusion.alpha_bar[t - 1]
+    return (1 - alpha) / (alpha * (1 - diffusion.alpha_bar[t - 1]))
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "scaled_linear"])
+def test_log_ratio_of_a_reverse_step(schedule):
+    """The sampler's own Gaussian step: log p_theta / p_ref at the point that z implies is -omega / 2 times a difference of squares (E6),
+    and the mean over noisy outcomes is the same."""
+    diffusion = Diffusion(schedule, "eps", steps=5)
+    xt, eps, eps_ref, z = randn(4)
+    alpha_bar, before = diffusion.alpha_bar[4], diffusion.alpha_bar[3]
+    sigma = ((1 - alpha_bar / before) * (1 - before) / (1 - alpha_bar)).sqrt()
+    mu = {}
+    for name, prediction in (("z", z), ("theta", eps), ("ref", eps_ref)):
+        reached, noise = reverse_step(diffusion, xt, prediction, seed=3)
+        mu[name] = reached - sigma * noise
+        alpha = alpha_bar / before
+        close(mu[name], (xt - (1 - alpha) / (1 - alpha_bar).sqrt() * prediction) / alpha.sqrt())        # mu_t of the text
+    log_p = lambda x, name: torch.distributions.Normal(mu[name], sigma).log_prob(x).flatten(1).sum(1)
+    square = lambda a, b: ((a - b) ** 2).flatten(1).sum(1)
+    formula = -0.5 * step_weight(diffusion, 4) * (square(z, eps) - square(z, eps_ref))
+    close(log_p(mu["z"], "theta") - log_p(mu["z"], "ref"), formula, 1e-8)
+    noise = torch.randn(20_000, *xt.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    noise = torch.cat([noise, -noise])                            # antithetic: the part that is linear in the noise cancels
+    noisy = mu["z"] + sigma * noise
+    ratio = {name: torch.distributions.Normal(mu[name], sigma).log_prob(noisy).flatten(2).sum(2).mean(0) for name in ("theta", "ref")}
+    close(ratio["theta"] - ratio["ref"], formula, 1e-8)
+
+
+def test_beta_absorbs_the_weights_of_the_step():
+    """DPO's margin from the log-ratios of (E6), T times per step, is that of cpo_loss with beta = beta_R T omega_t N (E7)."""
+    diffusion = Diffusion("cosine", "eps", steps=50)
+    eps, eps_ref, z_win, z_lose = randn(4)
+    square = lambda a, b: ((a - b) ** 2).flatten(1).sum(1)
+    weight, beta_r, n = step_weight(diffusion, 20), 0.03, 12
+    ratio = [-0.5 * weight * (square(z, eps) - square(z, eps_ref)) for z in (z_win, z_lose)]
+    loss, logs = cpo_loss(eps, eps_ref, z_win, z_lose, beta_r * 50 * weight * n, "none")
+    close(logs["margin"], beta_r * 50 * (ratio[0] - ratio[1]))
+    close(loss, -(beta_r * 50 * (ratio[0] - ratio[1])).sigmoid().log().mean())
+
+
+def test_cpo_is_diffusion_dpo_at_one_xt():
+    """(E7) is (E8) with both pictures' x_t made one and two answers of a model for the two noises."""
+    eps, eps_ref, z_win, z_lose = randn(4)
+    one, other = cpo_loss(eps, eps_ref, z_win, z_lose, 3.0, "none"), dpo_loss(eps, eps_ref, z_win, eps, eps_ref, z_lose, 3.0)
+    close(one[0], other[0])
+    close(one[1]["margin"], other[1]["margin"])
+
+
+def test_certain_preference_has_no_minimiser_and_an_uncertain_one_has():
+    """Along eps_ref + a d the loss only falls (E9); if z_lose wins with probability 1 - p, the mean loss is least at
+    u = log p / (1 - p)."""
+    eps_ref, z_win, z_lose = randn(3, (1, 3, 2, 2))
+    a = torch.linspace(-2, 8, 2001, dtype=torch.float64).view(-1, 1, 1, 1)
+    eps, d = eps_ref + a * (z_win - z_lose), z_win - z_lose
+    same = [x.expand_as(eps) for x in (eps_ref, z_win, z_lose)]
+    sure = cpo_loss(eps, *same, 1.0, "none")[1]["loss"]
+    unsure = 0.8 * sure + 0.2 * cpo_loss(eps, same[0], same[2], same[1], 1.0, "none")[1]["loss"]
+    assert (sure[1:] < sure[:-1]).all()
+    u = a.flatten() * mean(d * d)
+    assert 0 < unsure.argmin() < 2000 and abs(u[unsure.argmin()] - math.log(4)) < 0.01
+
+
+def test_scale_free_beta_is_the_same_in_both_spaces():
+    """beta = 4 / |d|^2: u = 4 from z_lose to z_win, and eps- and v-space agree on u and on where a stabilizer is (E16)."""
+    eps, eps_ref, z_win, z_lose, xt = randn(5)
+    v = [(x - 0.8 ** 0.5 * xt) / 0.2 ** 0.5 for x in (eps, eps_ref, z_win, z_lose)]
+    one, other = (cpo_loss(*x, stabilizer="balance", strength=0.7)[1] for x in ((eps, eps_ref, z_win, z_lose), v))
+    close(one["margin"], other["margin"])
+    close(one["lam"], other["lam"])
+    close(other["gap"], one["gap"] / 0.2)
+    close(cpo_loss(z_win, z_lose, z_win, z_lose)[1]["margin"], 4.0)
+    k = 0.5                                                       # and the margin at the limit of `constant`, the brake of the text
+    close(cpo_loss(z_win + k / (1 - k) * (z_win - z_lose), z_lose, z_win, z_lose)[1]["margin"], 4 / (1 - k))
+
+
+# --------------------------------------------------------------------------------------------- in the training script
+
+DATA = from_painter(count=20, seed=1)
+TINY = UNetConfig(channels=(16, 32), depth=(0, 1), heads=(2, 2), groups=8, context_dim=16, vector_dim=16)
+
+
+def one_step(*flags):
+    """Loss, logs and the predictions eps, eps_ref, z_win, z_lose of one stage-2 step between three different tiny models."""
+    parser = argparse.ArgumentParser()
+    for add in (train_cpo.add_common_arguments, train_cpo.add_sft_arguments, train_cpo.add_cpo_arguments):
+        add(parser)
+    args = parser.parse_args(["--batch", "8", *flags])
+    models, seen = [], []
+    for seed in range(3):                                         # called in this order: reference, auxiliary, target
+        torch.manual_seed(seed)
+        models.append(Model(DATA.criteria, sorted(set(DATA.captions)), TINY, text_dim=16).frozen_copy())
+        torch.nn.init.normal_(models[-1].unet.conv_out.weight, std=0.1)                  # it starts at 0, where all models agree
+        models[-1].register_forward_hook(lambda module, arguments, output: seen.append(output.double()))
+    reference, auxiliary, target = models
+    step = train_cpo.cpo_step(args, DATA, reference, auxiliary, list(range(len(DATA.criteria))))
+    loss, logs, _ = step(target, torch.Generator().manual_seed(0))
+    return loss, logs, seen[2], seen[0], *seen[1].chunk(2)
+
+
+def test_esd_is_regression_to_the_limit_of_constant():
+    """--method esd: mean squared error to guidance at scale 1 / (1 - k), which is z_win + k / (1 - k) d (E17)."""
+    loss, _, eps, _, z_win, z_lose = one_step("--method", "esd", "--strength", "0.75")
+    assert (z_win - z_lose).square().mean() > 1e-6
+    close(loss.double(), (eps - (z_win + 3 * (z_win - z_lose))).square().mean(), 1e-5)
+    close(guide(z_win, z_lose, 4.0), z_win + 3 * (z_win - z_lose), 1e-9)
+
+
+def test_anchored_targets_keep_the_margin_and_end_at_the_optimum():
+    """--anchor reference: the same margin and loss, both errors of the reference |d|^2 / 4; limit eps_ref + (1 + k) / (2 (1 - k)) d (E18),
+    which is the optimum eps_ref + d / beta_R (E4) with beta_R = 2 (1 - k) / (1 + k)."""
+    k = 0.6
+    plain, moved = (one_step("--strength", str(k), "--anchor", anchor) for anchor in ("auxiliary", "reference"))
+    close(moved[1]["margin"], plain[1]["margin"], 1e-3)           # float32, and beta = 4 / a small gap
+    assert plain[1]["margin"].abs().min() > 0.01
+    for name in ("winner_ref", "loser_ref"):
+        torch.testing.assert_close(moved[1][name], moved[1]["gap"] / 4)
+    _, _, _, eps_ref, z_win, z_lose = moved
+    d, beta_r = z_win - z_lose, 2 * (1 - k) / (1 + k)
+    eps = (eps_ref + d / beta_r).requires_grad_()
+    loss, _ = cpo_loss(eps, eps_ref, eps_ref + d / 2, eps_ref - d / 2, 0.1, "constant", k)
+    close(torch.autograd.grad(loss, eps)[0], 0.0, 1e-12)
+
+
+@pytest.mark.parametrize("lean", [0.7, 0.4])
+def test_share_of_noisy_timesteps(lean):
+    """P(t >= T / 2) = 1 - 2^(-1 / lean) (E19): 63 % and 82 %."""
+    t = draw_t(20_000, 1000, torch.Generator().manual_seed(0), lean)
+    assert abs((t >= 500).double().mean() - (1 - 2 ** (-1 / lean))) < 1e-3
