@@ -32,7 +32,7 @@ def main(argv=None):
     parser.add_argument("--negative", nargs="+", default=[], help="attributes to list as bad; with guidance, to move away from")
     parser.add_argument("--guidance", type=float, default=1.0, help="1: none")
     parser.add_argument("--count", type=int, default=4, help="pictures for each caption")
-    parser.add_argument("--steps", type=int, default=14, help="sampling steps")
+    parser.add_argument("--steps", type=int, default=12, help="sampling steps")
     parser.add_argument("--eta", type=float, default=0.0, help="0: DDIM; 1: as much noise as DDPM")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--judge", action="store_true", help="write the critic's verdict under each picture")

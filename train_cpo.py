@@ -32,7 +32,8 @@ def add_cpo_arguments(parser):
                         "sft: plain fine-tuning on the best pictures")
     parser.add_argument("--stabilizer", choices=RULES, help="how far the loser's gradient is held back; default: constant for cpo, "
                         "none for dpo")
-    parser.add_argument("--strength", type=float, default=0.55, help="k, mu or share of the stabilizer (losses.restraint)")
+    parser.add_argument("--strength", type=float, help="k, mu or share of the stabilizer (losses.restraint); default: 0.55, and 0.3 with "
+                        "--criteria: a branch alone is soon reached, and what is pulled harder takes the rest along")
     parser.add_argument("--beta", type=float, help="preference strength; default: 4 / gap per sample for cpo, 200 for dpo")
     parser.add_argument("--pairs", choices=["own", "completed", "opposite"], default="opposite",
                         help="what the auxiliary's two prompts list (preference_prompts)")
@@ -46,8 +47,13 @@ def add_cpo_arguments(parser):
                         "picture is left to contradict the prompt")
     parser.add_argument("--name", default="target", help="name of the checkpoint, its log and its report row")
     parser.add_argument("--samples", type=int, default=512, help="pictures a row of the report (0: no report)")
-    parser.add_argument("--sampling-steps", type=int, default=14)
+    parser.add_argument("--sampling-steps", type=int, default=12)
     parser.add_argument("--guidance", type=float, default=2.0, help="scale of the row auxiliary_guided")
+
+
+def strength(args):
+    """--strength, or its default."""
+    return args.strength if args.strength is not None else 0.3 if args.criteria else 0.55
 
 
 def preference_prompts(criteria, batch, columns, pairs):
@@ -83,8 +89,8 @@ def cpo_step(args, data, reference, auxiliary, columns):
                 z_win, z_lose = z_win - middle + eps_ref, z_lose - middle + eps_ref
         eps = target(xt, t, plain)
         if args.method == "esd":
-            return *sft_loss(eps, guide(z_win, z_lose, 1 / (1 - args.strength))), t
-        return *cpo_loss(eps, eps_ref, z_win, z_lose, args.beta, args.stabilizer or "constant", args.strength), t
+            return *sft_loss(eps, guide(z_win, z_lose, 1 / (1 - strength(args)))), t
+        return *cpo_loss(eps, eps_ref, z_win, z_lose, args.beta, args.stabilizer or "constant", strength(args)), t
     return loss_step
 
 
@@ -114,7 +120,7 @@ def dpo_step(args, data, reference, columns):
         with torch.no_grad():
             ref_win, ref_lose = reference(both, times, plain).chunk(2)
         eps_win, eps_lose = target(both, times, plain).chunk(2)
-        return *dpo_loss(eps_win, ref_win, goal_win, eps_lose, ref_lose, goal_lose, beta, rule, args.strength), t
+        return *dpo_loss(eps_win, ref_win, goal_win, eps_lose, ref_lose, goal_lose, beta, rule, strength(args)), t
     return loss_step
 
 

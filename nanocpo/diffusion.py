@@ -66,7 +66,7 @@ class Diffusion:
         return ((self.steps - count) * (1 - (i / count) ** 1.5)).round().long() + count - 1 - torch.arange(count)
 
     @torch.no_grad()
-    def sample(self, predict, xt, count=14, eta=0.0, generator=None, clip=None):
+    def sample(self, predict, xt, count=12, eta=0.0, generator=None, clip=None):
         """Run the reverse process from noise xt (B, C, H, W). predict(xt, t) -> eps or v.
 
         eta 0 is DDIM (2010.02502, equation 12), eta 1 with count = T is DDPM with the posterior variance (E6); noise is added

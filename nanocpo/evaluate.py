@@ -69,7 +69,7 @@ def real_positive(criteria, count, seed=0):
     return measure_row(data.images, data.captions, criteria, verdicts), verdicts
 
 
-def evaluate(models, criteria, captions=CAPTIONS, samples=512, seed=0, steps=14, guidance=2.0):
+def evaluate(models, criteria, captions=CAPTIONS, samples=512, seed=0, steps=12, guidance=2.0):
     """{row name: (model, kind)} -> the report: {"rows": {name: row}, "real_positive": row}, and {name: images}.
 
     kind: "plain" (the caption only), "prompted" (every positive attribute in the prompt), "guided" (the same, guided away from
@@ -106,7 +106,7 @@ def main(argv=None):
     parser.add_argument("--kind", choices=["plain", "prompted", "guided"], default="plain")
     parser.add_argument("--guidance", type=float, default=2.0)
     parser.add_argument("--samples", type=int, default=512)
-    parser.add_argument("--steps", type=int, default=14, help="sampling steps")
+    parser.add_argument("--steps", type=int, default=12, help="sampling steps")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--json", help="also write the report to this file")

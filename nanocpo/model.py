@@ -73,7 +73,7 @@ class Model(nn.Module):
         return copy.deepcopy(self).eval().requires_grad_(False)
 
     @torch.no_grad()
-    def sample(self, prompts, negative=None, guidance=1.0, steps=14, eta=0.0, seed=0, batch=128):
+    def sample(self, prompts, negative=None, guidance=1.0, steps=12, eta=0.0, seed=0, batch=128):
         """prompts: N Prompts; negative: N Prompts to guide away from (with guidance != 1) -> images (N, 3, size, size) in [-1, 1].
 
         The first noise of picture i depends on seed and i only: two models with the same seed start from the same noise."""

@@ -102,6 +102,7 @@ MUTANTS = [
           ("if badness[first] < badness[second]", "if badness[first] > badness[second]", "DPO prefers the worse picture"),
           ("np.argsort(badness, kind", "np.argsort(-badness, kind", "SFT on the worst part"),
           ("generator, args.lean)", "generator)", "--lean does nothing"),
+          ("args.strength if args.strength is not None else", "args.strength or", "--strength 0 is taken for none given"),
           ('train = data.split("train")', 'train = data.split("test")', "aligned on the test pictures")),
     *_all("train_sft.py",
           ("annotations = batch.annotations.copy()", "annotations = batch.annotations", "prompts eat the data set's annotations"),

@@ -233,6 +233,13 @@ def test_first_cpo_step_has_loss_log_2_and_a_gradient():
     assert sum(p.grad.abs().sum() for p in target.parameters() if p.grad is not None) > 0
 
 
+def test_a_branch_is_pulled_more_gently_unless_told_otherwise():
+    parser = argparse.ArgumentParser()
+    train_cpo.add_cpo_arguments(parser)
+    strengths = [train_cpo.strength(parser.parse_args(flags.split())) for flags in ("", "--criteria Tone", "--strength 0", "--criteria Tone --strength 0.9")]
+    assert strengths == [0.55, 0.3, 0.0, 0.9]
+
+
 def test_cpo_leans_to_noisy_timesteps_as_told():
     base = tiny_model().frozen_copy()
     for lean, low, high in ((0.01, 950, 999), (100, 0, 300)):     # u^100 is near 0 for seven of eight u
