@@ -41,7 +41,7 @@ def add_cpo_arguments(parser):
                         "auxiliary gives them, or with the same gap on both sides of the reference")
     parser.add_argument("--criteria", nargs="+", help="align on these branches of the tree only, by name or path")
     parser.add_argument("--best", type=float, default=0.1, help="share of the data that --method sft keeps")
-    parser.add_argument("--steps", type=int, default=180)
+    parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--lr", type=float, default=6e-4)
     parser.add_argument("--lean", type=float, default=0.4, help="cpo trains at t = T u^lean, u uniform: where little of the training "
                         "picture is left to contradict the prompt")

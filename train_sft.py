@@ -23,9 +23,9 @@ from nanocpo.train import (Recipe, add_common_arguments, draw, drop_caption, fin
 def add_sft_arguments(parser):
     """The flags of stage 1; train_cpo.py has them too, since it runs what is missing. The values are ours."""
     parser.add_argument("--base", help="start from this checkpoint instead of training OUT/base.pt")
-    parser.add_argument("--base-steps", type=int, default=1300, help="steps of the base model on plain captions")
+    parser.add_argument("--base-steps", type=int, default=1000, help="steps of the base model on plain captions")
     parser.add_argument("--base-lr", type=float, default=2e-3)
-    parser.add_argument("--sft-steps", type=int, default=1200, help="steps of the auxiliary model")
+    parser.add_argument("--sft-steps", type=int, default=1000, help="steps of the auxiliary model")
     parser.add_argument("--sft-lr", type=float, default=2e-3)
 
 
