@@ -18,7 +18,7 @@ import torch
 from nanocpo.critic import unmeasured
 from nanocpo.data import to_images
 from nanocpo.diffusion import guide
-from nanocpo.evaluate import evaluate, table
+from nanocpo.evaluate import evaluate, fingerprint, table
 from nanocpo.grid import save_grid
 from nanocpo.losses import RULES, cpo_loss, dpo_loss, sft_loss
 from nanocpo.train import add_common_arguments, draw, draw_t, load_data, noised
@@ -143,19 +143,26 @@ def align(args, data, base, auxiliary, watch=None):
 
 
 def report(args, base, auxiliary, target, seconds):
-    """Evaluate the five rows, write OUT/report.json and OUT/report.png (base above target), print the table."""
+    """Evaluate the five rows, write OUT/report.json and OUT/report.png (base above target), print the table. The rows of base and
+    auxiliary are kept in OUT/rows.json and taken from there as long as models, flags and code stay the same."""
     models = {"base": (base, "plain"), "auxiliary": (auxiliary, "plain"), "auxiliary_prompted": (auxiliary, "prompted"),
               "auxiliary_guided": (auxiliary, "guided"), args.name: (target, "plain")}
-    start = time.time()
-    result, pictures = evaluate(models, base.criteria, base.captions, args.samples, args.seed, args.sampling_steps, args.guidance)
+    start, out = time.time(), Path(args.out)
+    key = fingerprint([base, auxiliary], args.samples, args.seed, args.sampling_steps, args.guidance)
+    kept = json.loads((out / "rows.json").read_text()) if (out / "rows.json").exists() else {}
+    known = kept["rows"] if kept.get("key") == key else {}
+    result = evaluate({name: pair for name, pair in models.items() if name == args.name or name not in known}, base.criteria,
+                      base.captions, args.samples, args.seed, args.sampling_steps, args.guidance)
+    result["rows"] = {name: (known | result["rows"])[name] for name in models}
     result["seconds"] = {"training": seconds, "evaluation": time.time() - start}
-    out = Path(args.out)
     stem = "report" if args.name == "target" else f"report_{args.name}"
-    (out / f"{stem}.json").write_text(json.dumps(result, indent=1))
-    show = min(16, args.samples)
-    images = np.concatenate([pictures["base"][:show], pictures[args.name][:show]])
-    labels = [base.captions[i % len(base.captions)] for i in range(show)] * 2
-    save_grid(out / f"{stem}.png", images, labels, columns=show, zoom=3, titles=["base", f"{args.name}: the same captions and seeds"])
+    for name, content in (("rows", {"key": key, "rows": {n: row for n, row in result["rows"].items() if n != args.name}}), (stem, result)):
+        (out / f"{name}.tmp").write_text(json.dumps(content, indent=1))
+        (out / f"{name}.tmp").replace(out / f"{name}.json")
+    labels = [base.captions[i % len(base.captions)] for i in range(min(16, args.samples))]
+    prompts = [base.criteria.prompt(caption) for caption in labels]
+    images = np.concatenate([to_images(model.sample(prompts, steps=args.sampling_steps, seed=args.seed)) for model in (base, target)])
+    save_grid(out / f"{stem}.png", images, labels * 2, columns=len(labels), zoom=3, titles=["base", f"{args.name}: the same captions and seeds"])
     print(table(result))
     print(f"{out / f'{stem}.json'} and .png written; {seconds:.0f} s of training, {time.time() - start:.0f} s of evaluation")
     return result
@@ -168,6 +175,8 @@ def main(argv=None):
     add_sft_arguments(parser)
     add_cpo_arguments(parser)
     args = parser.parse_args(argv)
+    if args.name in ("base", "auxiliary"):
+        parser.error(f"--name {args.name} would overwrite OUT/{args.name}.pt, which stage 1 makes; choose another name")
     start = time.time()
     data = load_data(args)
     base, auxiliary = ensure_models(args, data)

@@ -3,7 +3,9 @@
     python -m nanocpo.evaluate out/target.pt --samples 512
 """
 import argparse
+import hashlib
 import json
+from pathlib import Path
 
 import numpy as np
 
@@ -70,20 +72,29 @@ def real_positive(criteria, count, seed=0):
 
 
 def evaluate(models, criteria, captions=CAPTIONS, samples=512, seed=0, steps=12, guidance=2.0):
-    """{row name: (model, kind)} -> the report: {"rows": {name: row}, "real_positive": row}, and {name: images}.
+    """{row name: (model, kind)} -> the report: {"rows": {name: row}, "real_positive": row, ...}.
 
     kind: "plain" (the caption only), "prompted" (every positive attribute in the prompt), "guided" (the same, guided away from
     every negative one). All rows start from the same noise. Raises ValueError if the critic has no measure for the tree."""
     asked = [captions[i % len(captions)] for i in range(samples)]
     plain, positive, negative = all_prompts(criteria, asked)
     reference, real = real_positive(criteria, samples, seed)
-    rows, pictures = {}, {}
+    rows = {}
     for name, (model, kind) in models.items():
         prompts = plain if kind == "plain" else positive
         images = model.sample(prompts, negative if kind == "guided" else None, guidance if kind == "guided" else 1.0, steps, seed=seed)
-        pictures[name] = to_images(images)
-        rows[name] = measure_row(pictures[name], asked, criteria, real)
-    return {"rows": rows, "real_positive": reference, "samples": samples, "seed": seed, "sampling_steps": steps}, pictures
+        rows[name] = measure_row(to_images(images), asked, criteria, real)
+    return {"rows": rows, "real_positive": reference, "samples": samples, "seed": seed, "sampling_steps": steps}
+
+
+def fingerprint(models, *settings):
+    """A text that changes with the models' weights, the settings, or any code of this package: when to measure again."""
+    digest = hashlib.sha256(repr(settings).encode())
+    for value in (value for model in models for value in model.state_dict().values()):
+        digest.update(value.cpu().numpy().tobytes())
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
 
 
 def table(report):
@@ -113,7 +124,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     models = {path: (load_model(path, args.device), args.kind) for path in args.checkpoints}
     first = next(iter(models.values()))[0]
-    report, _ = evaluate(models, first.criteria, first.captions, args.samples, args.seed, args.steps, args.guidance)
+    report = evaluate(models, first.criteria, first.captions, args.samples, args.seed, args.steps, args.guidance)
     print(table(report))
     if args.json:
         with open(args.json, "w") as file:

@@ -317,6 +317,16 @@ def test_scripts_from_nothing_to_a_report(tmp_path, capsys):
     assert line["step"] == 20 and (tmp_path / "colour.pt").exists()
     assert before == ((tmp_path / "base.pt").read_bytes(), (tmp_path / "auxiliary.pt").read_bytes())       # used, not remade
 
+    kept = json.loads((tmp_path / "rows.json").read_text())              # the rows of base and auxiliary are not measured twice
+    assert list(kept["rows"]) == ["base", "auxiliary", "auxiliary_prompted", "auxiliary_guided"]
+    kept["rows"]["base"]["neg"] = 99
+    (tmp_path / "rows.json").write_text(json.dumps(kept))
+    for seed, neg in (("0", 99), ("1", report["rows"]["base"]["neg"])):   # with another seed everything is measured anew
+        again = train_cpo.main([*common, "--name", "again", "--steps", "2", "--samples", "16", "--sampling-steps", "3", "--seed", seed])
+        assert again["rows"]["base"]["neg"] == pytest.approx(neg, abs=4) and list(again["rows"])[-1] == "again"
+    with pytest.raises(SystemExit):
+        train_cpo.main([*common, "--name", "base"])
+
     images = sample.main(["--checkpoint", str(tmp_path / "target.pt"), "--caption", "a boat", "--count", "2", "--steps", "2", "--judge",
                           "--device", "cpu", "--out", str(tmp_path / "grid.png")])
     assert images.shape == (2, 32, 32, 3) and (tmp_path / "grid.png").stat().st_size > 0
