@@ -80,7 +80,9 @@ PLAIN, POSITIVE, NEGATIVE = (0, 0), (1, 1), (-1, -1)             # the annotatio
 
 
 class Residual(nn.Module):
-    """A tiny network for what the target adds to the exact reference: (x_t (B, 2, 1, 1), alpha_bar (B,)) -> (B, 2, 1, 1), 0 at first."""
+    """A tiny network for what the target adds to the exact reference: (x_t (B, 2, 1, 1), alpha_bar (B,)) -> (B, 2, 1, 1), 0 at first.
+
+    Its output is multiplied by sqrt(alpha_bar), as every difference of two predictions is at much noise: the sampler divides by it."""
 
     def __init__(self, width=64):
         super().__init__()
@@ -90,7 +92,8 @@ class Residual(nn.Module):
 
     def forward(self, xt, alpha_bar):
         alpha_bar = torch.as_tensor(alpha_bar).to(xt).expand(len(xt))[:, None]
-        return self.layers(torch.cat([xt.flatten(1), alpha_bar.sqrt(), (1 - alpha_bar).sqrt()], 1)).view(xt.shape)
+        out = self.layers(torch.cat([xt.flatten(1), alpha_bar.sqrt(), (1 - alpha_bar).sqrt()], 1))
+        return (alpha_bar.sqrt() * out).view(xt.shape)
 
 
 def train_residual(world, steps, beta, rule, strength, seed=0, batch=256, lr=3e-3, low=0.05, high=0.8, watch=None):

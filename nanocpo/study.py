@@ -1,0 +1,561 @@
+"""The experiments: one command per table or figure, resumable run by run.
+
+    python -m nanocpo.study world                                 # no training: what the theory looks like in the plane, a minute
+    python -m nanocpo.study methods                               # CPO against what it extends; needs (or trains) OUT/base.pt, auxiliary.pt
+    python -m nanocpo.study methods --data mixed --out out_mixed  # the other data regime
+    python -m nanocpo.study speed | decoupling | annotation | gap | guidance
+
+Each run leaves OUT/study/NAME/KEY.json (and a grid of pictures beside it) and is never repeated; the tables and charts in docs/results
+are drawn from these files. Base, auxiliary and data are those of --seed; a *run* has its own training and sampling seed. Settings are
+chosen on the validation seed, by the rule in `choose`, and measured on fresh seeds; intervals are 95 % over seeds (Student's t).
+"""
+import argparse
+import json
+import math
+import multiprocessing
+import os
+import time
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from train_cpo import add_cpo_arguments, align, cpo_step
+from train_sft import add_sft_arguments, ensure_models, train_auxiliary
+
+from .evaluate import evaluate
+from .grid import save_grid
+from .losses import RULES
+from .model import load_model
+from .muon import Muon
+from .plots import bar_chart, line_chart, matrix_chart
+from .train import BINS, add_common_arguments, finished, load_data, pick_device, summarize
+
+# One strength a rule, where nothing is searched.
+STRENGTH = {"none": 1.0, "winner": 0.0, "constant": 0.55, "safeguard": 0.2, "balance": 0.85, "clamped": 0.85}
+
+# Every method's search: three settings. The first is our default, then another learning rate, then another value of its own knob.
+DPO_SETTINGS = [dict(lr=3e-4, beta=200.0), dict(lr=1e-4, beta=200.0), dict(lr=3e-4, beta=1000.0)]
+STRENGTH_SETTINGS = lambda first, other: [dict(lr=6e-4, strength=first), dict(lr=3e-4, strength=first), dict(lr=6e-4, strength=other)]
+METHODS = {
+    "SFT on the best": (dict(method="sft"), [dict(lr=6e-4, best=0.1), dict(lr=1.2e-3, best=0.1), dict(lr=6e-4, best=0.03)]),
+    "Diffusion-DPO": (dict(method="dpo", stabilizer="none"), DPO_SETTINGS),
+    "Diffusion-DPO, safeguard": (dict(method="dpo", stabilizer="safeguard", strength=0.2), DPO_SETTINGS),
+    "guided target (ESD)": (dict(method="esd"), STRENGTH_SETTINGS(0.55, 0.7)),
+    "CPO none": (dict(stabilizer="none"), [dict(lr=6e-4), dict(lr=2e-4), dict(lr=6e-4, beta=100.0)]),
+    "CPO winner": (dict(stabilizer="winner"), [dict(lr=6e-4), dict(lr=3e-4), dict(lr=1.2e-3)]),
+    "CPO constant": (dict(stabilizer="constant"), STRENGTH_SETTINGS(0.55, 0.7)),
+    "CPO safeguard": (dict(stabilizer="safeguard"), STRENGTH_SETTINGS(0.2, 0.6)),
+    "CPO balance": (dict(stabilizer="balance"), STRENGTH_SETTINGS(0.85, 0.6)),
+    "CPO clamped": (dict(stabilizer="clamped"), STRENGTH_SETTINGS(0.85, 0.6)),
+}
+SAMPLERS = {"base": ("base", "plain"), "auxiliary prompted": ("auxiliary", "prompted"), "auxiliary guided": ("auxiliary", "guided")}
+VARIANTS = {                                  # of the decoupling study: what may keep the other branches still
+    "constant 0.55": dict(strength=0.55), "constant 0.3": dict(strength=0.3), "winner": dict(stabilizer="winner"),
+    "anchored 0": dict(anchor="reference", strength=0.0), "anchored 0.3": dict(anchor="reference", strength=0.3),
+    "anchored 0.55": dict(anchor="reference", strength=0.55),
+}
+LEVELS = {                                    # of the annotation study: shares of all leaves that are judged, of verdicts that are wrong
+    "as painted": (0.9, 0.0), "75 % judged": (0.75, 0.0), "50 % judged": (0.5, 0.0), "25 % judged": (0.25, 0.0), "10 % judged": (0.1, 0.0),
+    "5 % wrong": (0.9, 0.05), "10 % wrong": (0.9, 0.1), "20 % wrong": (0.9, 0.2)}
+COLUMNS, HEADER = (("neg", 2), ("caption", 3), ("diversity", 3), ("frechet", 1)), ("#A_neg", "caption", "diversity", "Fréchet")
+GUIDANCE = (1.0, 1.5, 2.0, 3.0, 4.0)
+
+
+# --------------------------------------------------------------------------------------------------------------- runs
+
+class Lab:
+    """The data and models of one --out folder, loaded when first needed, and the runs made with them."""
+
+    def __init__(self, args):
+        self.args = args
+
+    @cached_property
+    def data(self):
+        return load_data(self.args)
+
+    @cached_property
+    def models(self):
+        base, auxiliary = ensure_models(self.args, self.data)
+        return {"base": base, "auxiliary": auxiliary}
+
+    def degraded(self, judged, wrong):
+        """(data, auxiliary) as if experts had judged only this share of the leaves, and this share of verdicts were wrong."""
+        folder = Path(self.args.out) / "study" / f"auxiliary_{judged}_{wrong}"
+        data = degrade(self.data, judged, wrong, self.args.seed)
+        if not finished(folder / "auxiliary.pt"):
+            train_auxiliary(changed(self.args, out=str(folder), sample_every=0, resume=True), data, self.models["base"])
+        return data, load_model(folder / "auxiliary.pt", pick_device(self.args.device))
+
+    def run(self, runs):
+        """[(key, kind, overrides of the flags)], independent of one another -> their results, made where no file has them yet.
+
+        With --jobs over 1 they are shared among processes. A file made with other settings is an error, not a result."""
+        missing = [run for run in runs if not self.path(run[0]).exists()]
+        for number, run in enumerate(missing if self.args.jobs == 1 else [], 1):
+            print(f"{self.args.study}: run {number} of {len(missing)}, {run[0]}", flush=True)
+            self.make(run)
+        if missing and self.args.jobs > 1:
+            os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // self.args.jobs))          # of the new processes
+            self.models                                            # train what is missing once, before they start
+            with multiprocessing.get_context("spawn").Pool(self.args.jobs) as pool:
+                pool.starmap(make_in_process, [(self.args, run) for run in missing], chunksize=1)
+        return [self.read(run) for run in runs]
+
+    def path(self, key):
+        return Path(self.args.out) / "study" / self.args.study / f"{key}.json"
+
+    def settings(self, run):
+        """All that decides a run's result, to tell whether a file still answers the question."""
+        flags = vars(changed(self.args, **run[2]))
+        unrelated = {"study", "out", "results", "jobs", "seeds", "validation", "only", "resume", "save_every", "sample_every", "device",
+                     "name", "search_samples", "curve_samples", "batches", "step_size", "world_steps"} - set(run[2])
+        return {"kind": run[1]} | {k: v for k, v in sorted(flags.items()) if k not in unrelated}
+
+    def read(self, run):
+        result = json.loads(self.path(run[0]).read_text(encoding="utf-8"))
+        if result["settings"] != json.loads(json.dumps(self.settings(run))):
+            different = [k for k, v in self.settings(run).items() if result["settings"].get(k) != v]
+            raise ValueError(f"{self.path(run[0])} was made with other settings ({', '.join(different)}); delete it or choose "
+                             "another --out")
+        return result
+
+    def make(self, run):
+        """Do one run and write its file, whole or not at all."""
+        key, kind, overrides = run
+        path = self.path(key)
+        args = changed(self.args, **overrides, out=str(path.parent), name=key, resume=True, sample_every=0)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        start = time.time()
+        result = {"key": key, "settings": self.settings(run)} | KINDS[kind](self, args) | {"wall": round(time.time() - start, 1)}
+        path.with_suffix(".tmp").write_text(json.dumps(result, indent=1), encoding="utf-8")
+        os.replace(path.with_suffix(".tmp"), path)
+
+
+def make_in_process(args, run):
+    Lab(args).make(run)
+
+
+def changed(args, **overrides):
+    """The flags with some of them replaced."""
+    return argparse.Namespace(**(vars(args) | overrides))
+
+
+def measured(lab, args, model, kind="plain"):
+    """The report's row for a model, and a grid of its first pictures beside the run's file."""
+    base = lab.models["base"]
+    report, pictures = evaluate({"row": (model, kind)}, base.criteria, base.captions, args.samples, args.seed, args.sampling_steps,
+                                args.guidance)
+    save_grid(Path(args.out) / f"{args.name}.png", pictures["row"][:16], columns=8, zoom=3)
+    return report["rows"]["row"] | {"real_diversity": report["real_positive"]["diversity"]}
+
+
+def sample_run(lab, args):
+    """A row without training: base or auxiliary, asked in one of evaluate's ways."""
+    return {"row": measured(lab, args, lab.models[args.model], args.prompt), "seconds": 0, "images": 0}
+
+
+def align_run(lab, args):
+    """Stage 2, then its row. Images seen: a pair of Diffusion-DPO is two."""
+    data, auxiliary = lab.data, lab.models["auxiliary"]
+    if "judged" in args:
+        data, auxiliary = lab.degraded(args.judged, args.wrong)
+    start = time.time()
+    target, line = align(args, data, lab.models["base"], auxiliary)
+    seconds = time.time() - start
+    checkpoint = Path(args.out) / f"{args.name}.pt"
+    result = {"row": measured(lab, args, target), "seconds": round(seconds, 1),
+              "images": args.steps * args.batch * (2 if args.method == "dpo" else 1),
+              "log": {k: v for k, v in line.items() if k != "per_t"}}
+    checkpoint.unlink()                                           # the numbers and the pictures stay, tens of megabytes do not
+    return result
+
+
+def curve_run(lab, args):
+    """Stage 2, measured every args.every steps."""
+    curve, start, spent = [], time.time(), 0.0
+
+    def watch(average, step):
+        nonlocal spent
+        now = time.time()
+        row = measured(lab, args, average)
+        curve.append({"step": step, "seconds": round(now - start - spent, 1)} | {key: row[key] for key, _ in COLUMNS})
+        spent += time.time() - now                                # measuring is not training
+    align(changed(args, sample_every=args.every), lab.data, lab.models["base"], lab.models["auxiliary"], watch)
+    (Path(args.out) / f"{args.name}.pt").unlink()
+    return {"curve": curve}
+
+
+def auxiliary_run(lab, args):
+    """Stage 1 with degraded annotations, so that later runs of this level find it."""
+    start = time.time()
+    lab.degraded(args.judged, args.wrong)
+    return {"seconds": round(time.time() - start, 1)}
+
+
+def degrade(data, judged, wrong, seed=0):
+    """Paintings of which only this share of all leaves is judged, and this share of the verdicts says the opposite (ours)."""
+    rng = np.random.default_rng((seed, 7))
+    now = float((data.annotations != 0).mean())
+    if judged > now + 0.02:
+        raise ValueError(f"only {now:.2f} of the leaves are judged in this data, not {judged}")
+    keep, flip = rng.random(data.annotations.shape) * now < judged, rng.random(data.annotations.shape) < wrong
+    return replace(data, annotations=(np.where(keep, data.annotations, 0) * np.where(flip, -1, 1)).astype(np.int8))
+
+
+class FreeOutputs(nn.Module):
+    """Stands in for a model as if every output were a parameter of its own: it answers first as the model does, and what an
+    optimizer then moves is the answer. On it the guarantees of docs/derivation.md must hold for every sample."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = (model,)                                     # in a tuple, so that its weights are not parameters of this
+        self.device, self.latents, self.diffusion = model.device, model.latents, model.diffusion
+
+    @property
+    def text(self):
+        return self.model[0].text
+
+    def forward(self, xt, t, prompts):
+        if not hasattr(self, "answer"):
+            self.answer = nn.Parameter(self.model[0](xt, t, prompts).detach().clone())
+        return self.answer
+
+
+def gap_run(lab, args):
+    """The gap per timestep bin for the three kinds of prompt pairs, and what one optimizer step does to the errors of its own batch."""
+    base, auxiliary = lab.models["base"], lab.models["auxiliary"]
+    train, leaves = lab.data.split("train"), list(range(len(lab.data.criteria)))
+    gaps = {}
+    for pairs in ("own", "completed", "opposite"):
+        step, window = cpo_step(changed(args, pairs=pairs, lean=1.0), train, base, auxiliary, leaves), []
+        with torch.no_grad():
+            for seed in range(args.batches):
+                _, logs, t = step(base, torch.Generator().manual_seed(seed))
+                window.append((t.cpu(), {"gap": logs["gap"].cpu(), "valid": logs["valid"].cpu()}))
+        gaps[pairs] = summarize(window, base.diffusion.steps)["per_t"]["gap"]
+    table = []
+    for rule in RULES:
+        flags = changed(args, stabilizer=rule, strength=1.0 if rule in ("balance", "clamped") else STRENGTH[rule])
+        aligned, _ = align(changed(flags, name=f"gap_{rule}"), lab.data, base, auxiliary)
+        (Path(args.out) / f"gap_{rule}.pt").unlink()
+        step = cpo_step(flags, train, base, auxiliary, leaves)
+        for place, model in (("at the base", base), (f"after {args.steps} steps", aligned)):
+            for optimizer in ("free outputs", "SGD", "Adam", "Muon"):
+                table.append({"rule": rule, "place": place, "optimizer": optimizer}
+                             | step_effect(step, model, optimizer, args.step_size, args.batches, seed=10 ** 6))
+    return {"gaps": gaps, "effects": table}
+
+
+def step_effect(step, model, optimizer, size, batches, seed):
+    """Share of samples whose winner's error rose, and whose loser's error fell, when one step was taken on their batch. The step is
+    shortened or stretched to `size` times the norm of the weights (of the outputs), so that optimizers are compared in direction only."""
+    rose, fell, count = 0, 0, 0
+    for i in range(batches):
+        moving = FreeOutputs(model) if optimizer == "free outputs" else model.frozen_copy().requires_grad_(True)
+        generator = lambda: torch.Generator().manual_seed(seed + i)
+        loss, before, _ = step(moving, generator())
+        loss.backward()
+        old = [p.detach().clone() for p in moving.parameters()]
+        {"free outputs": lambda: torch.optim.SGD(moving.parameters(), 1.0), "SGD": lambda: torch.optim.SGD(moving.parameters(), 1.0),
+         "Adam": lambda: torch.optim.Adam(moving.parameters(), 1e-3), "Muon": lambda: Muon(moving, 1e-3, 0.0)}[optimizer]().step()
+        with torch.no_grad():
+            norm = lambda tensors: sum(float(x.square().sum()) for x in tensors) ** 0.5
+            factor = size * norm(old) / max(norm([p - o for p, o in zip(moving.parameters(), old)]), 1e-12)
+            for p, o in zip(moving.parameters(), old):
+                p.copy_(o + factor * (p - o))
+            after = step(moving, generator())[1]
+        rose += (after["winner"] > before["winner"] * (1 + 1e-6))[before["valid"]].sum().item()          # by more than rounding
+        fell += (after["loser"] < before["loser"] * (1 - 1e-6))[before["valid"]].sum().item()
+        count += int(before["valid"].sum())
+    return {"winner rose": rose / count, "loser fell": fell / count, "samples": count}
+
+
+KINDS = {"sample": sample_run, "align": align_run, "curve": curve_run, "auxiliary": auxiliary_run, "gap": gap_run}
+
+
+# ---------------------------------------------------------------------------------------------------- numbers and text
+
+def over_seeds(values):
+    """Mean and half of the 95 % interval over seeds, Student's t; a single seed has no interval (0)."""
+    quantile = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)[min(len(values) - 2, 8)] if len(values) > 1 else 0.0
+    return float(np.mean(values)), quantile * float(np.std(values, ddof=1)) / len(values) ** 0.5 if len(values) > 1 else 0.0
+
+
+def written(values, digits=2):
+    """"1.23 +- 0.04" of a list over seeds."""
+    mean, half = over_seeds(values)
+    return f"{mean:.{digits}f}" + (f" ± {half:.{digits}f}" if len(values) > 1 else "")
+
+
+def choose(results, base_caption):
+    """The rule, stated beforehand: of the settings whose caption accuracy is at most 0.02 below the base's, the one with the fewest
+    negative attributes; if none is, the one with the best caption accuracy. Returns its index."""
+    fit = [i for i, r in enumerate(results) if r["row"]["caption"] >= base_caption - 0.02]
+    best_caption = max(range(len(results)), key=lambda i: results[i]["row"]["caption"])
+    return min(fit, key=lambda i: results[i]["row"]["neg"]) if fit else best_caption
+
+
+def markdown(header, rows):
+    """A table in Markdown."""
+    return "\n".join("| " + " | ".join(map(str, row)) + " |" for row in (header, ["---"] * len(header), *rows))
+
+
+def publish(args, summary, *parts):
+    """docs/results/NAME.json and .md (NAME_mixed for another regime); returns the stem for the chart."""
+    folder = Path(args.results)
+    folder.mkdir(parents=True, exist_ok=True)
+    stem = args.study if args.data == "flawed" else f"{args.study}_{Path(args.data).name}"
+    (folder / f"{stem}.json").write_text(json.dumps(summary, indent=1, ensure_ascii=False), encoding="utf-8")
+    how = (f"`python -m nanocpo.study {args.study} --data {args.data}`; {args.steps} steps of {args.batch} pictures, {args.samples} "
+           f"pictures a row, {args.sampling_steps} sampling steps, seeds {', '.join(map(str, args.seeds))} (95 % intervals over seeds, "
+           f"Student's t), base and auxiliary of seed {args.seed}.")
+    text = "\n\n".join([f"# {stem.replace('_', ', ')}", *parts, f"![chart]({stem}.png)", how]) + "\n"
+    (folder / f"{stem}.md").write_text(text, encoding="utf-8")
+    print("\n\n".join(parts))
+    print(f"{folder / stem}.json, .md and .png written")
+    return folder / stem
+
+
+def slug(name):
+    """A row's name as part of a file name."""
+    return "".join(c if c.isalnum() or c == "." else "_" for c in name)
+
+
+def chosen_rows(args, table):
+    """The rows that --only names, or all."""
+    wrong = set(args.only or []) - set(table)
+    if wrong:
+        raise ValueError(f"--only {', '.join(sorted(wrong))}: no such row; there are: {', '.join(table)}")
+    return {name: value for name, value in table.items() if not args.only or name in args.only}
+
+
+# ------------------------------------------------------------------------------------------------------------- studies
+
+def methods(lab):
+    """CPO with every stabilizer against what it extends: same base, same number of pictures seen, the same small search for each."""
+    args = lab.args
+    search = dict(seed=args.validation, samples=args.search_samples)
+    base_caption = lab.run([("search_base", "sample", dict(model="base", prompt="plain") | search)])[0]["row"]["caption"]
+    rows = chosen_rows(args, METHODS)
+    half = {name: {"batch": args.batch // 2} if fixed.get("method") == "dpo" else {} for name, (fixed, _) in rows.items()}   # pairs
+    tries = {name: [(f"search_{slug(name)}_{i}", "align", fixed | setting | half[name] | search) for i, setting in enumerate(settings)]
+             for name, (fixed, settings) in rows.items()}
+    done = {run[0]: result for run, result in zip(sum(tries.values(), []), lab.run(sum(tries.values(), [])))}
+    best = {name: rows[name][1][choose([done[key] for key, _, _ in runs], base_caption)] for name, runs in tries.items()}
+    finals = {name: [(f"{slug(name)}_{seed}", "sample", dict(model=model, prompt=kind, seed=seed)) for seed in args.seeds]
+              for name, (model, kind) in SAMPLERS.items()}
+    finals |= {name: [(f"{slug(name)}_{seed}", "align", rows[name][0] | best[name] | half[name] | {"seed": seed}) for seed in args.seeds]
+               for name in rows}
+    results = iter(lab.run(sum(finals.values(), [])))
+    results = {name: [next(results) for _ in runs] for name, runs in finals.items()}
+    column = lambda name, key: [r["row"][key] for r in results[name]]
+    table = [[name, *(written(column(name, key), digits) for key, digits in (("pos", 2), *COLUMNS)),
+              round(np.mean([r["seconds"] for r in results[name]])), results[name][0]["images"],
+              ", ".join(f"{k} {v:g}" for k, v in best.get(name, {}).items())] for name in results]
+    text = markdown(["row", "#A_pos", *HEADER, "seconds", "pictures seen", "chosen"], table)
+    searched = markdown(["row", *(f"setting {i + 1}" for i in range(3))],
+                        [[name, *(f"{done[key]['row']['neg']:.2f} / {done[key]['row']['caption']:.3f} ("
+                                  + ", ".join(f"{k} {v:g}" for k, v in setting.items()) + ")"
+                                  for (key, _, _), setting in zip(runs, rows[name][1]))] for name, runs in tries.items()])
+    real = np.mean([r["row"]["real_diversity"] for rs in results.values() for r in rs])
+    stem = publish(args, {"rows": results, "chosen": best}, text, f"Real all-positive paintings: diversity {real:.3f}.",
+                   f"The search (seed {args.validation}, {args.search_samples} pictures; #A_neg / caption accuracy; base caption "
+                   f"{base_caption:.3f}). " + " ".join(choose.__doc__.split("Returns")[0].split()), searched)
+    bar_chart(f"{stem}.png", {name: over_seeds(column(name, "neg")) for name in results},
+              f"Negative attributes per picture ({args.data} data)",
+              f"#A_neg of {len(lab.data.criteria)}, lower is better; 95 % interval over seeds",
+              highlight=[n for n in results if n.startswith("CPO")])
+
+
+def steps_to(curve, level, captions=None):
+    """Optimizer steps at which #A_neg first reaches `level`, between two measurements on a line; None if it does not. With
+    captions: only where the caption accuracy is still at least that."""
+    previous = None
+    for point in curve:
+        if point["neg"] <= level and (captions is None or point["caption"] >= captions):
+            if previous is None or previous["neg"] <= level:
+                return point["step"]
+            share = (previous["neg"] - level) / (previous["neg"] - point["neg"])
+            return previous["step"] + share * (point["step"] - previous["step"])
+        previous = point
+    return None
+
+
+def speed(lab):
+    """#A_neg against optimizer steps, rule by rule; steps to fixed levels, and how many times fewer than vanilla's."""
+    args, rules = lab.args, [rule for rule in RULES if not lab.args.only or rule in lab.args.only]
+    every = max(1, args.steps // 9)
+    runs = [(f"{rule}_{seed}", "curve", dict(stabilizer=rule, strength=STRENGTH[rule], seed=seed, every=every, samples=args.curve_samples))
+            for rule in rules for seed in args.seeds]
+    starts = [(f"base_{seed}", "sample", dict(model="base", prompt="plain", seed=seed, samples=args.curve_samples)) for seed in args.seeds]
+    results, bases = lab.run(runs), lab.run(starts)
+    start = {key: float(np.mean([b["row"][key] for b in bases])) for key in ("neg", "caption", "frechet")}
+    curves = {rule: [[{"step": 0, **start}, *results[rules.index(rule) * len(args.seeds) + i]["curve"]] for i in range(len(args.seeds))]
+              for rule in rules}
+    levels = [round(share * start["neg"], 2) for share in (0.8, 0.6, 0.5, 0.4)]
+    reached = {(rule, level, careful): [steps_to(c, level, start["caption"] - 0.02 if careful else None) for c in curves[rule]]
+               for rule in rules for level in levels for careful in (False, True)}
+
+    def cell(rule, level, careful):
+        steps = reached[rule, level, careful]
+        if None in steps:
+            return f"not in {len([s for s in steps if s is None])} of {len(steps)} seeds"
+        vanilla = reached.get(("none", level, careful), [None])
+        ratio = f" ({np.mean(vanilla) / np.mean(steps):.1f}x)" if None not in vanilla and rule != "none" else ""
+        return written(steps, 0) + ratio
+    tables = [markdown(["rule", *(f"#A_neg {level}" for level in levels), "last: #A_neg", "caption", "Fréchet"],
+                       [[rule, *(cell(rule, level, careful) for level in levels),
+                         *(written([c[-1][key] for c in curves[rule]], d) for key, d in (("neg", 2), ("caption", 3), ("frechet", 1)))]
+                        for rule in rules]) for careful in (False, True)]
+    strengths = ", ".join(f"{rule} {STRENGTH[rule]:g}" for rule in rules)
+    stem = publish(args, {"curves": curves, "levels": levels}, f"Steps to a level of #A_neg (base {start['neg']:.2f}); in brackets, "
+                   f"vanilla's steps over these. Learning rate {args.lr:g}, strengths {strengths}.", tables[0],
+                   "The same, but a level counts only while the caption accuracy is at most 0.02 below the base's:", tables[1])
+    lines = {}
+    for rule in rules:
+        means = [over_seeds([c[i]["neg"] for c in curves[rule]]) for i in range(len(curves[rule][0]))]
+        lines[rule] = [p["step"] for p in curves[rule][0]], [m for m, _ in means], [h for _, h in means]
+    line_chart(f"{stem}.png", lines, "Negative attributes against optimizer steps", "optimizer steps", "#A_neg")
+
+
+def decoupling(lab):
+    """Align one branch at a time, measure all of them: the diagonal should fall to a half, the rest stay within a tenth."""
+    args, roots = lab.args, [root.name for root in lab.data.criteria.roots]
+    base_runs = [(f"base_{seed}", "sample", dict(model="base", prompt="plain", seed=seed)) for seed in (args.validation, *args.seeds)]
+    base = dict(zip((args.validation, *args.seeds), lab.run(base_runs)))
+    relative = lambda result, seed: [result["row"]["by_root"][r] / max(base[seed]["row"]["by_root"][r], 0.01) for r in roots]
+
+    def score(row, i):
+        """Below 1 both aims hold: the own branch at a half or less, no other changed by more than a tenth."""
+        return max([row[i] / 0.5] + [abs(x - 1) / 0.1 for j, x in enumerate(row) if j != i])
+    probes = roots[:2]
+    tries = [(f"search_{slug(variant)}_{slug(root)}", "align", flags | dict(criteria=[root], seed=args.validation))
+             for variant, flags in chosen_rows(args, VARIANTS).items() for root in probes]
+    found = lab.run(tries)
+    names = list(chosen_rows(args, VARIANTS))
+    scores = {v: [score(relative(found[i * len(probes) + j], args.validation), roots.index(root)) for j, root in enumerate(probes)]
+              for i, v in enumerate(names)}
+    best = min(names, key=lambda v: max(scores[v]))
+    finals = [(f"{slug(best)}_{slug(root)}_{seed}", "align", VARIANTS[best] | dict(criteria=[root], seed=seed))
+              for root in roots for seed in args.seeds]
+    results = lab.run(finals)
+    by_root = {root: results[i * len(args.seeds):(i + 1) * len(args.seeds)] for i, root in enumerate(roots)}
+    cells = [list(map(list, zip(*(relative(result, seed) for result, seed in zip(some, args.seeds))))) for some in by_root.values()]
+    text = markdown(["aligned on", *roots, "caption"], [[root, *map(written, cells[i]), written([r["row"]["caption"] for r in some], 3)]
+                                                        for i, (root, some) in enumerate(by_root.items())])
+    searched = markdown(["variant", *probes], [[v, *(f"{x:.2f}" for x in scores[v])] for v in names])
+    seen = base[args.seeds[0]]["row"]
+    stem = publish(args, {"roots": roots, "variant": best, "relative": cells, "scores": scores, "base": seen},
+                   f"#A_neg of each root dimension over the base's, variant `{best}` "
+                   f"({', '.join(f'{k} {v}' for k, v in VARIANTS[best].items())}). Base: "
+                   + ", ".join(f"{r} {seen['by_root'][r]:.2f}" for r in roots) + f"; caption {seen['caption']:.3f}.", text,
+                   f"The search, seed {args.validation}: the worse of (own share / 0.5) and (largest change of another / 0.1); below 1 "
+                   "both aims hold. The variant with the smallest worst score is chosen.", searched)
+    matrix_chart(f"{stem}.png", [[over_seeds(values)[0] for values in row] for row in cells], roots, roots,
+                 "Align one branch, measure all: #A_neg over the base's", f"row: aligned branch; column: measured branch; variant {best}")
+
+
+def annotation(lab):
+    """How CPO falls off when experts judge less, or err; auxiliary and target both see only the degraded annotations."""
+    args, levels = lab.args, chosen_rows(lab.args, LEVELS)
+    lab.run([(f"auxiliary_{slug(n)}", "auxiliary", dict(judged=judged, wrong=wrong)) for n, (judged, wrong) in levels.items()])
+    runs = [(f"{slug(n)}_{seed}", "align", dict(judged=judged, wrong=wrong, seed=seed))
+            for n, (judged, wrong) in levels.items() for seed in args.seeds]
+    results = lab.run(runs)
+    rows = {n: [r["row"] for r in results[i * len(args.seeds):(i + 1) * len(args.seeds)]] for i, n in enumerate(levels)}
+    rows |= {"base": [r["row"] for r in lab.run([(f"base_{s}", "sample", dict(model="base", prompt="plain", seed=s)) for s in args.seeds])]}
+    text = markdown(["annotation", *HEADER], [[n, *(written([r[k] for r in some], d) for k, d in COLUMNS)] for n, some in rows.items()])
+    stem = publish(args, {"rows": rows}, text)
+    bar_chart(f"{stem}.png", {n: over_seeds([r["neg"] for r in some]) for n, some in rows.items()},
+              "CPO with fewer and with wrong verdicts",
+              "#A_neg, lower is better; 95 % interval over seeds", highlight=list(levels))
+
+
+def gap(lab):
+    """mean(d^2) per timestep bin; and how often the guarantees of docs/derivation.md hold for one step of a network."""
+    args = lab.args
+    result, = lab.run([("gap", "gap", dict(batches=args.batches, step_size=args.step_size))])
+    middles, bins = [(i + 0.5) * 1000 / BINS for i in range(BINS)], [f"{i * 1000 // BINS}-" for i in range(BINS)]
+    shown = lambda x: "" if x is None else f"{x:.4f}"
+    text = markdown(["pairs", *(f"t {b}" for b in bins)], [[pairs, *map(shown, values)] for pairs, values in result["gaps"].items()])
+    places = list(dict.fromkeys(e["place"] for e in result["effects"]))
+    effects = {(e["rule"], e["place"], e["optimizer"]): e for e in result["effects"]}
+    optimizers = ("free outputs", "SGD", "Adam", "Muon")
+    cell = lambda effect: f"{100 * effect['winner rose']:.0f} / {100 * effect['loser fell']:.0f}"
+    table = markdown(["rule", "from", *optimizers], [[rule, place, *(cell(effects[rule, place, o]) for o in optimizers)]
+                                                     for rule in RULES for place in places])
+    stem = publish(args, result, "mean(d²), the gap of the auxiliary's two predictions (of v):", text,
+                   f"Per cent of samples whose winner's error rose / loser's error fell after one step on their batch, of relative length "
+                   f"{args.step_size:g} ({effects[RULES[0], places[0], 'SGD']['samples']} samples; `balance` and `clamped` at strength 1). "
+                   "The theorems promise 0 for the winner with `winner`, `safeguard`, `balance`, `clamped` and 0 for the loser with "
+                   "`balance`, on free outputs; through shared weights they are only a tendency:", table)
+    line_chart(f"{stem}.png", {pairs: (middles, values, [0] * BINS) for pairs, values in result["gaps"].items()}, "The gap by timestep",
+               "timestep t (1000: pure noise)", "mean of d squared")
+
+
+def guidance(lab):
+    """What was compiled into the weights: CPO with k = 1 - 1/s (one call a step) against the auxiliary guided at scale s (two calls)."""
+    args = lab.args
+    kinds = {"auxiliary, guided, 2 calls a step": lambda s: ("sample", dict(model="auxiliary", prompt="guided", guidance=s)),
+             "CPO constant k = 1 - 1/s, 1 call": lambda s: ("align", dict(stabilizer="constant", strength=1 - 1 / s))}
+    runs = [(f"{slug(name)[:9]}_{s}_{seed}", kind, flags | {"seed": seed}) for name, make in kinds.items() for s in GUIDANCE
+            for seed in args.seeds for kind, flags in [make(s)]]
+    results = iter(lab.run(runs))
+    rows = {name: {s: [next(results)["row"] for _ in args.seeds] for s in GUIDANCE} for name in kinds}
+    text = markdown(["row", "scale s", *HEADER], [[name, f"{s:g}", *(written([r[k] for r in some], d) for k, d in COLUMNS)]
+                                                 for name, scales in rows.items() for s, some in scales.items()])
+    stem = publish(args, {"rows": rows}, text)
+    mean = lambda some, key: over_seeds([r[key] for r in some])
+    lines = {name: ([mean(some, "diversity")[0] for some in scales.values()], *zip(*(mean(some, "neg") for some in scales.values())))
+             for name, scales in rows.items()}
+    line_chart(f"{stem}.png", lines, f"Scales s = {', '.join(f'{s:g}' for s in GUIDANCE)}", "diversity", "#A_neg", width=860)
+
+
+def world(lab):
+    """The analytic world: vector fields and samples before and after, and the path of every stabilizer."""
+    from .world import draw_world
+    folder = Path(lab.args.results)
+    folder.mkdir(parents=True, exist_ok=True)
+    numbers = draw_world(folder / "world.png", lab.args.world_steps, lab.args.seed)
+    (folder / "world.json").write_text(json.dumps(numbers, indent=1), encoding="utf-8")
+    rows = [[name, *(f"{x:.2f}" for x in values)] for name, values in numbers["samples"].items()]
+    text = markdown(["sampled from", "share good in both", "spread (good ones: 0.40)", "distance of the mean from the good ones'"], rows)
+    about = (f"{world.__doc__} A flawed world (`nanocpo/mixture.py`): 2 % of its pictures are good in both attributes. The target is "
+             f"the exact base and a tiny network, trained with CPO for {lab.args.world_steps} steps; nothing else is learned. "
+             "`python -m nanocpo.study world`.")
+    (folder / "world.md").write_text("\n\n".join(["# world", "![the analytic world](world.png)", about, text]) + "\n", encoding="utf-8")
+    print(text)
+
+
+STUDIES = {f.__name__: f for f in (methods, speed, decoupling, annotation, gap, guidance, world)}
+
+
+def main(argv=None):
+    """Parse the flags and run one study; what is finished is used again."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+                                     epilog="\n".join(f"{name}: {f.__doc__}" for name, f in STUDIES.items()))
+    parser.add_argument("study", choices=list(STUDIES))
+    add_common_arguments(parser)
+    add_sft_arguments(parser)
+    add_cpo_arguments(parser)
+    parser.add_argument("--results", default="docs/results", help="folder for the JSON, Markdown and PNG that are kept")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="training and sampling seeds that are reported")
+    parser.add_argument("--validation", type=int, default=101, help="the seed on which settings are chosen")
+    parser.add_argument("--search-samples", type=int, default=256, help="pictures a row of the search")
+    parser.add_argument("--curve-samples", type=int, default=128, help="pictures a point of the curves of `speed`")
+    parser.add_argument("--batches", type=int, default=8, help="batches that `gap` looks at")
+    parser.add_argument("--step-size", type=float, default=3e-4, help="relative length of the one step that `gap` takes")
+    parser.add_argument("--world-steps", type=int, default=1500, help="training steps of the tiny network of `world`")
+    parser.add_argument("--only", nargs="+", help="only these rows (methods, speed, annotation) or variants (decoupling)")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, each with its share of the cores; on two cores 1 is fastest")
+    args = parser.parse_args(argv)
+    lab = Lab(args)
+    STUDIES[args.study](lab)
+
+
+if __name__ == "__main__":
+    main()

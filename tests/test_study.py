@@ -1,0 +1,152 @@
+"""The study commands, end to end on tiny models; and the small rules of theirs that decide what a table says."""
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import nanocpo.study as study
+from nanocpo.data import from_painter
+from nanocpo.model import Model, save_atomic
+from nanocpo.plots import bar_chart, line_chart, matrix_chart, ticks
+from nanocpo.unet import UNetConfig
+
+TINY = UNetConfig(channels=(16, 32), depth=(0, 1), heads=(2, 2), groups=8, context_dim=16, vector_dim=16)
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory):
+    """A folder with a finished tiny base and auxiliary, different from one another."""
+    folder, data = tmp_path_factory.mktemp("out"), from_painter(count=60)
+    for seed, name in enumerate(("base", "auxiliary")):
+        torch.manual_seed(seed)
+        model = Model(data.criteria, sorted(set(data.captions)), TINY, text_dim=16)
+        torch.nn.init.normal_(model.unet.conv_out.weight, std=0.1)           # it starts at 0, where all models agree
+        save_atomic(folder / f"{name}.pt", {"config": model.config, "criteria": model.criteria.to_dict(), "model": model.state_dict(),
+                                            "ema": model.state_dict(), "step": 1, "steps": 1})
+    return folder
+
+
+def run(out, name, *flags):
+    """One study with everything small; returns the JSON that it published and the Markdown."""
+    results = out / "results"
+    study.main([name, "--out", str(out), "--results", str(results), "--count", "60", "--batch", "4", "--steps", "2", "--samples", "8",
+                "--search-samples", "8", "--curve-samples", "8", "--sampling-steps", "2", "--batches", "1", "--device", "cpu", *flags])
+    assert Image.open(results / f"{name}.png").size[0] > 400
+    return json.loads((results / f"{name}.json").read_text()), (results / f"{name}.md").read_text()
+
+
+def test_methods_searches_then_measures_and_is_never_repeated(out, monkeypatch, capsys):
+    flags = ["--seeds", "1", "2", "--only", "CPO constant", "Diffusion-DPO"]
+    summary, text = run(out, "methods", *flags)
+    assert list(summary["rows"]) == ["base", "auxiliary prompted", "auxiliary guided", "Diffusion-DPO", "CPO constant"]
+    assert all(len(results) == 2 for results in summary["rows"].values())
+    dpo, cpo = summary["rows"]["Diffusion-DPO"][0], summary["rows"]["CPO constant"][0]
+    assert dpo["images"] == cpo["images"] == 8 and dpo["settings"]["batch"] == 2 and dpo["settings"]["seed"] == 1
+    chosen = summary["chosen"]["CPO constant"]
+    assert chosen in study.METHODS["CPO constant"][1] and cpo["settings"]["lr"] == chosen["lr"]
+    assert "| CPO constant |" in text and " ± " in text and "setting 3" in text
+    assert not list((out / "study" / "methods").glob("*.pt")) and list((out / "study" / "methods").glob("CPO_constant_1.png"))
+    monkeypatch.setitem(study.KINDS, "align", lambda lab, args: pytest.fail("a finished run was repeated"))
+    monkeypatch.setitem(study.KINDS, "sample", lambda lab, args: pytest.fail("a finished run was repeated"))
+    assert run(out, "methods", *flags) == (summary, text)
+    with pytest.raises(ValueError, match="search_base.json was made with other settings .steps.; delete it"):
+        run(out, "methods", *flags, "--steps", "3")
+    with pytest.raises(ValueError, match="CPO magic.*CPO none"):
+        run(out, "methods", "--only", "CPO magic")
+
+
+def test_run_that_stopped_goes_on(out, monkeypatch):
+    """A killed study keeps its finished runs, and no half a file."""
+    flags, calls, make = ["--seeds", "1", "--only", "75 % judged", "5 % wrong"], [], study.KINDS["align"]
+
+    def dies(lab, args):
+        calls.append(args.name)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return make(lab, args)
+    monkeypatch.setattr(study, "train_auxiliary", lambda args, data, base: save_atomic(
+        f"{args.out}/auxiliary.pt", torch.load(out / "auxiliary.pt", weights_only=True)))
+    monkeypatch.setitem(study.KINDS, "align", dies)
+    with pytest.raises(KeyboardInterrupt):
+        run(out, "annotation", *flags)
+    assert [p.name for p in (out / "study" / "annotation").glob("7*.json")] == ["75___judged_1.json"]
+    summary, _ = run(out, "annotation", *flags)
+    assert calls == ["75___judged_1", "5___wrong_1", "5___wrong_1"] and list(summary["rows"]) == ["75 % judged", "5 % wrong", "base"]
+
+
+def test_speed_decoupling_and_guidance(out, monkeypatch):
+    summary, text = run(out, "speed", "--seeds", "1", "--only", "none", "constant")
+    assert [p["step"] for p in summary["curves"]["none"][0]] == [0, 1, 2] and "| constant |" in text
+    summary, text = run(out, "decoupling", "--seeds", "1", "--only", "anchored 0.3", "winner")
+    assert len(summary["roots"]) == len(summary["relative"]) == len(summary["relative"][0]) and summary["variant"] in text
+    monkeypatch.setattr(study, "GUIDANCE", (1.0, 2.0))
+    summary, text = run(out, "guidance", "--seeds", "1")
+    assert [row[0]["neg"] for scales in summary["rows"].values() for row in scales.values()] and "1 call" in text
+    files = {p.stem for p in (out / "study" / "guidance").glob("*.json")}
+    assert len(files) == 4                                        # no two runs of one name
+
+
+def test_gap_keeps_the_guarantees_on_free_outputs(out):
+    """The theorems of (E13, E14) in the training code itself: no sample's winner error rises, no loser's falls, when outputs are free."""
+    summary, text = run(out, "gap", "--step-size", "1e-5")
+    assert set(summary["gaps"]) == {"own", "completed", "opposite"} and "at the base" in text
+    for effect in summary["effects"]:
+        if effect["optimizer"] == "free outputs":
+            if effect["rule"] in ("winner", "safeguard", "balance", "clamped"):
+                assert effect["winner rose"] == 0, effect
+            if effect["rule"] == "balance":
+                assert effect["loser fell"] == 0, effect
+    assert len(summary["effects"]) == 6 * 2 * 4
+
+
+def test_world_draws(out, monkeypatch):
+    import nanocpo.world as figure
+    monkeypatch.setattr(figure, "draw_samples", lambda world, eps, seed: world.sample(50, (0, 0), torch.Generator())[0].flatten(1))
+    monkeypatch.setattr(figure, "draw_density", lambda *arguments: None)     # slow to draw, and its own test needs no pixels
+    summary, text = run(out, "world", "--world-steps", "3")
+    assert len(summary["samples"]) == 5 and np.allclose(summary["path ends, less z_w"]["winner"], 0, atol=1e-3)
+    assert "![the analytic world](world.png)" in text
+
+
+# ---------------------------------------------------------------- small rules
+
+def test_interval_over_seeds_by_hand():
+    """Student's t with two degrees of freedom: 4.30 s / sqrt(3)."""
+    mean, half = study.over_seeds([1.0, 2.0, 3.0])
+    assert mean == 2 and half == pytest.approx(4.30 / 3 ** 0.5) and study.over_seeds([5.0]) == (5.0, 0.0)
+
+
+def test_choice_of_a_setting():
+    """The fewest negatives among those that keep the caption; a broken model with fewer still does not win."""
+    results = [{"row": {"neg": n, "caption": c}} for n, c in ((3.0, 0.95), (2.0, 0.93), (1.0, 0.6))]
+    assert study.choose(results, 0.95) == 1 and study.choose(results, 0.5) == 2 and study.choose(results, 0.99) == 0
+
+
+def test_steps_to_a_level_by_hand():
+    curve = [{"step": s, "neg": n, "caption": c} for s, n, c in ((0, 6.0, 0.9), (20, 4.0, 0.9), (40, 3.0, 0.7))]
+    assert study.steps_to(curve, 5.0) == 10 and study.steps_to(curve, 3.5) == 30 and study.steps_to(curve, 2.0) is None
+    assert study.steps_to(curve, 3.5, captions=0.88) is None and study.steps_to(curve, 6.0) == 0
+
+
+def test_degraded_annotations_have_the_stated_shares_and_are_nested():
+    data = from_painter(count=400)
+    half, tenth, wrong = (study.degrade(data, *level).annotations for level in ((0.5, 0), (0.1, 0), (0.9, 0.2)))
+    assert abs((half != 0).mean() - 0.5) < 0.02 and abs((tenth != 0).mean() - 0.1) < 0.02
+    assert ((tenth == half) | (tenth == 0)).all() and ((half == data.annotations) | (half == 0)).all()
+    judged = (wrong != 0) & (data.annotations != 0)
+    assert abs((wrong != data.annotations)[judged].mean() - 0.2) < 0.02
+    with pytest.raises(ValueError, match="only 0.9"):
+        study.degrade(data, 1.0, 0)
+
+
+def test_charts_show_their_data(tmp_path):
+    assert ticks(0, 10) == [0, 2, 4, 6, 8, 10] and ticks(-0.3, 0.3, 6) == [-0.3, -0.2, -0.1, 0, 0.1, 0.2, 0.3]
+    line_chart(tmp_path / "a.png", {"one": ([0, 1, 2], [1.0, None, 3.0], [0.1, 0, 0.1])}, "title", "x", "y")
+    bar_chart(tmp_path / "b.png", {"a": (1.0, 0.2), "b": (2.0, 0.0)}, "title", "x", highlight=["a"])
+    matrix_chart(tmp_path / "c.png", [[0.2, 1.0], [1.0, 1.9]], ["a", "b"], ["a", "b and c"], "title")
+    pixels = {name: np.asarray(Image.open(tmp_path / f"{name}.png")).reshape(-1, 3) for name in "abc"}
+    colour = lambda name, rgb: (np.abs(pixels[name].astype(int) - rgb).max(1) < 4).sum()
+    blue = (0x1f, 0x5f, 0xa8)
+    assert colour("a", blue) > 20 and colour("b", blue) > 1000 and colour("c", (205, 73, 82)) < 50 and colour("c", (90, 136, 187)) > 500
