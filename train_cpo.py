@@ -151,8 +151,8 @@ def report(args, base, auxiliary, target, seconds):
     key = fingerprint([base, auxiliary], args.samples, args.seed, args.sampling_steps, args.guidance)
     kept = json.loads((out / "rows.json").read_text()) if (out / "rows.json").exists() else {}
     known = kept["rows"] if kept.get("key") == key else {}
-    result = evaluate({name: pair for name, pair in models.items() if name == args.name or name not in known}, base.criteria,
-                      base.captions, args.samples, args.seed, args.sampling_steps, args.guidance)
+    result, _ = evaluate({name: pair for name, pair in models.items() if name == args.name or name not in known}, base.criteria,
+                         base.captions, args.samples, args.seed, args.sampling_steps, args.guidance)
     result["rows"] = {name: (known | result["rows"])[name] for name in models}
     result["seconds"] = {"training": seconds, "evaluation": time.time() - start}
     stem = "report" if args.name == "target" else f"report_{args.name}"

@@ -72,19 +72,20 @@ def real_positive(criteria, count, seed=0):
 
 
 def evaluate(models, criteria, captions=CAPTIONS, samples=512, seed=0, steps=12, guidance=2.0):
-    """{row name: (model, kind)} -> the report: {"rows": {name: row}, "real_positive": row, ...}.
+    """{row name: (model, kind)} -> the report: {"rows": {name: row}, "real_positive": row, ...}, and {name: images}.
 
     kind: "plain" (the caption only), "prompted" (every positive attribute in the prompt), "guided" (the same, guided away from
     every negative one). All rows start from the same noise. Raises ValueError if the critic has no measure for the tree."""
     asked = [captions[i % len(captions)] for i in range(samples)]
     plain, positive, negative = all_prompts(criteria, asked)
     reference, real = real_positive(criteria, samples, seed)
-    rows = {}
+    rows, pictures = {}, {}
     for name, (model, kind) in models.items():
         prompts = plain if kind == "plain" else positive
         images = model.sample(prompts, negative if kind == "guided" else None, guidance if kind == "guided" else 1.0, steps, seed=seed)
-        rows[name] = measure_row(to_images(images), asked, criteria, real)
-    return {"rows": rows, "real_positive": reference, "samples": samples, "seed": seed, "sampling_steps": steps}
+        pictures[name] = to_images(images)
+        rows[name] = measure_row(pictures[name], asked, criteria, real)
+    return {"rows": rows, "real_positive": reference, "samples": samples, "seed": seed, "sampling_steps": steps}, pictures
 
 
 def fingerprint(models, *settings):
@@ -124,7 +125,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     models = {path: (load_model(path, args.device), args.kind) for path in args.checkpoints}
     first = next(iter(models.values()))[0]
-    report = evaluate(models, first.criteria, first.captions, args.samples, args.seed, args.steps, args.guidance)
+    report, _ = evaluate(models, first.criteria, first.captions, args.samples, args.seed, args.steps, args.guidance)
     print(table(report))
     if args.json:
         with open(args.json, "w") as file:

@@ -157,8 +157,8 @@ def draw_world(path, steps=1500, seed=0):
         sheet.line([(x - 7, y), (x + 7, y)], INK, 1.6)
         sheet.line([(x, y - 7), (x, y + 7)], INK, 1.6)
         sheet.box(left, top, left + PANEL, top + PANEL, outline="#bbbbbb")
-        note = ", all in the corner" if at_edge > 0.9 else ""
-        sheet.text(left, top - 20, f"its samples: {100 * numbers[title][0]:.0f} % good in both{note}", 13)
+        note = ", all in a corner" if at_edge > 0.9 else ""
+        sheet.text(left, top - 20, f"samples: {100 * numbers[title][0]:.0f} % good in both{note}", 13)
     ends = draw_paths(sheet, world, MARGIN, TOP + 2 * (PANEL + 40) + 8, width - 2 * MARGIN)
     sheet.save(path)
     return {"samples": numbers, "path ends, less z_w": ends, "steps": steps, "seed": seed}
