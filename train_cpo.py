@@ -20,8 +20,9 @@ from nanocpo.data import to_images
 from nanocpo.evaluate import evaluate, table
 from nanocpo.grid import save_grid
 from nanocpo.losses import RULES, cpo_loss, dpo_loss
+from nanocpo.sd import finetune
 from nanocpo.train import add_common_arguments, draw, draw_t, load_data, noised
-from train_sft import add_sft_arguments, caption_prompts, ensure_models, run_stage, sft_step
+from train_sft import add_sft_arguments, attribute_prompts, caption_prompts, ensure_models, run_stage, sft_step
 
 
 def add_cpo_arguments(parser):
@@ -123,6 +124,19 @@ def align(args, data, base, auxiliary):
     return run_stage(args, target, loss_step, args.name, args.steps, args.lr)
 
 
+def align_weights(args):
+    """The same on Stable Diffusion, with adapters -> OUT/NAME.safetensors; returns the last log line."""
+    if args.method == "dpo":
+        raise ValueError("--method dpo needs pairs of pictures of one shape and caption; with --weights use cpo or sft")
+    data, base = finetune.start(args)
+    train, columns = data.split("train"), data.criteria.columns(args.criteria) if args.criteria else list(range(len(data.criteria)))
+    if args.method == "sft":
+        step = sft_step(args, best_part(args, train, columns), caption_prompts)
+    else:
+        step = cpo_step(args, train, base, finetune.ensure_auxiliary(args, base, sft_step(args, train, attribute_prompts)), columns)
+    return finetune.train(args, base, step, args.name, args.steps, args.lr)[1]
+
+
 def report(args, base, auxiliary, target, seconds):
     """Evaluate the five rows, write OUT/report.json and OUT/report.png (base above target), print the table."""
     models = {"base": (base, "plain"), "auxiliary": (auxiliary, "plain"), "auxiliary_prompted": (auxiliary, "prompted"),
@@ -148,7 +162,10 @@ def main(argv=None):
     add_common_arguments(parser)
     add_sft_arguments(parser)
     add_cpo_arguments(parser)
-    args = parser.parse_args(argv)
+    finetune.add_arguments(parser)
+    args = finetune.parse(parser, argv, finetune.TRAINING)
+    if args.weights:
+        return align_weights(args)
     start = time.time()
     data = load_data(args)
     base, auxiliary = ensure_models(args, data)

@@ -3,6 +3,8 @@ import json
 import pickle
 import re
 import shutil
+import sys
+import types
 
 import pytest
 import torch
@@ -12,7 +14,7 @@ from safetensors.torch import load_file, save_file                        # noqa
 
 import sd_tiny                                                            # noqa: E402
 from nanocpo.sd import singlefile, weights                                # noqa: E402
-from nanocpo.sd.weights import WeightsError, load_parts, read_folder, read_tensors        # noqa: E402
+from nanocpo.sd.weights import WeightsError, load_parts, read_part, read_tensors        # noqa: E402
 
 
 def tensors(parts):
@@ -113,7 +115,7 @@ def openclip(state):
 
 def single(kind, folder):
     """The folder's weights as one state dict of the original code."""
-    read = lambda part: {name.removeprefix("text_model."): x for name, x in read_folder(folder / part).items()}
+    read = lambda part: {name.removeprefix("text_model."): x for name, x in read_part(folder / part).items()}
     depth = [c > 0 for c in weights.unet_config(json.loads((folder / "unet" / "config.json").read_text())).depth]
     unet = {original(name, ldm_unet(depth), INNER["unet"]): x for name, x in read("unet").items()}
     vae = {original(name, ldm_vae(4), INNER["vae"]): x[:, :, None, None] if "attentions" in name and x.dim() == 2 else x for name, x in read("vae").items()}
@@ -180,29 +182,29 @@ def test_variants_bins_and_shards(saved, tmp_path):
     index = {"metadata": {}, "weight_map": {name: f"{stem}-0000{1 + (i >= 300)}-of-00002.safetensors" for i, name in enumerate(names)}}
     listing = tmp_path / f"{stem}.safetensors.index.json"
     listing.write_text(json.dumps(index))
-    got = read_folder(tmp_path)
+    got = read_part(tmp_path)
     assert got.keys() == state.keys() and all(torch.equal(got[name], state[name]) for name in state)
     listing.write_text(json.dumps({"weight_map": index["weight_map"] | {names[0]: f"{stem}-00002-of-00002.safetensors"}}))
     with pytest.raises(WeightsError, match=f"index.json: {re.escape(names[0])} should be in"):
-        read_folder(tmp_path)
+        read_part(tmp_path)
     listing.write_text(json.dumps({"weight_map": {names[0]: "../elsewhere.safetensors"}}))
     with pytest.raises(WeightsError, match="another folder"):
-        read_folder(tmp_path)
+        read_part(tmp_path)
     listing.write_text(json.dumps({"weight_map": {names[0]: "nowhere.safetensors"}}))
     with pytest.raises(WeightsError, match="nowhere.safetensors: not found"):
-        read_folder(tmp_path)
+        read_part(tmp_path)
     bins, half = tmp_path / "bins", tmp_path / "half"
     bins.mkdir(), half.mkdir()
     torch.save(state, bins / f"{stem}.bin")
-    assert read_folder(bins).keys() == state.keys()
+    assert read_part(bins).keys() == state.keys()
     save_file({name: x.half() for name, x in state.items()}, half / f"{stem}.fp16.safetensors")
-    assert read_folder(half, "fp16")[names[0]].dtype == torch.float16
+    assert read_part(half, "fp16")[names[0]].dtype == torch.float16
     with pytest.raises(WeightsError, match="--variant, for example fp16"):
-        read_folder(half)
+        read_part(half)
     texts = load_file(folder / "text_encoder" / "model.safetensors")
     shutil.rmtree(bins), bins.mkdir()
     torch.save({f"text_model.{name.removeprefix('text_model.')}": x for name, x in texts.items()}, bins / "pytorch_model.bin")
-    assert len(read_folder(bins)) == len(texts)
+    assert len(read_part(bins)) == len(texts)
 
 
 def test_types(saved):
@@ -256,7 +258,7 @@ def test_inpainting_single_file_and_missing_tokenizer(saved, tmp_path):
     save_file(state, tmp_path / "plain.safetensors")
     bare = tmp_path / "bare"
     shutil.copytree(folder, bare, ignore=shutil.ignore_patterns("tokenizer*", "*.safetensors"))
-    with pytest.raises(WeightsError, match="no tokenizer; give --tokenizer"):
+    with pytest.raises(WeightsError, match="no tokenizer.*; give --tokenizer"):
         load_parts(tmp_path / "plain.safetensors", config=bare)
     got = load_parts(tmp_path / "plain.safetensors", config=bare, tokenizer=folder / "tokenizer" / "merges.txt", dtype=torch.float64)
     assert [t.pad for t in got.tokenizers] == {"sd1": [len(got.tokenizers[0].vocabulary) - 1], "sd2": [0],
@@ -325,22 +327,20 @@ def test_a_malicious_pickle_runs_nothing(old, tmp_path):
     assert not trap.exists()
 
 
-def test_old_checkpoints_with_a_training_callback_load(tmp_path):
-    import sys
-    import types
-    module = types.ModuleType("pytorch_lightning.callbacks.model_checkpoint")
-    module.ModelCheckpoint = type("ModelCheckpoint", (), {"__module__": module.__name__})
-    sys.modules[module.__name__] = module
-    try:
-        torch.save({"state_dict": {"a": torch.ones(2)}, "callbacks": {module.ModelCheckpoint: {"best": 1}}}, tmp_path / "old.ckpt",
+def test_old_checkpoints_with_a_training_callback_load(monkeypatch, tmp_path):
+    # monkeypatch takes the made-up modules away again: reading must not need them
+    name = "pytorch_lightning.callbacks.model_checkpoint"
+    kind = type("ModelCheckpoint", (), {"__module__": name})
+    with monkeypatch.context() as patch:
+        for i in range(3):
+            patch.setitem(sys.modules, ".".join(name.split(".")[:i + 1]), types.ModuleType(name))
+        sys.modules[name].ModelCheckpoint = kind
+        torch.save({"state_dict": {"a": torch.ones(2)}, "callbacks": {kind: {"best": 1}}}, tmp_path / "old.ckpt",
                    _use_new_zipfile_serialization=False)
-    finally:
-        del sys.modules[module.__name__]
     assert read_tensors(tmp_path / "old.ckpt")["a"].tolist() == [1, 1]
 
 
 def test_without_safetensors_the_error_says_what_to_install(monkeypatch, tmp_path):
-    import sys
     (tmp_path / "x.safetensors").write_bytes(b"")
     monkeypatch.setitem(sys.modules, "safetensors", None)
     monkeypatch.setitem(sys.modules, "safetensors.torch", None)

@@ -107,7 +107,7 @@ def version(state):
 
 
 def split(state, layers=23, ema=False):
-    """A whole checkpoint -> {part: its tensors under our names}. layers: blocks of OpenCLIP that SD 2 uses. ema: take the average."""
+    """A checkpoint -> {part: its tensors under our names}. layers: blocks of OpenCLIP that SD 2 uses. ema: take the average."""
     kind = version(state)
     cut = lambda prefix: {name[len(prefix):]: x for name, x in state.items() if name.startswith(prefix)}
     unet, vae = cut("model.diffusion_model."), cut("first_stage_model.")
@@ -127,4 +127,4 @@ def split(state, layers=23, ema=False):
         parts["text_encoder"].pop("text_projection.weight", None)
     else:
         parts["text_encoder"] = cut("cond_stage_model.transformer.")
-    return kind, parts
+    return parts

@@ -54,8 +54,8 @@ class Tokenizer:
         self.word_ids = lru_cache(maxsize=50000)(self._word_ids)
 
     @classmethod
-    def load(cls, path):
-        """From a folder (tokenizer/ of a diffusers folder), a tokenizer.json or a merges.txt."""
+    def load(cls, path, pad=None):
+        """From a folder (tokenizer/ of a diffusers folder), a tokenizer.json or a merges.txt. pad None: as the settings there say."""
         path = Path(path)
         folder = path if path.is_dir() else path.parent
         files = [folder / "merges.txt", folder / "tokenizer.json"] if path.is_dir() else [path]
@@ -79,7 +79,7 @@ class Tokenizer:
                 raise ValueError("a merge is two tokens with a space between")
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{path}: cannot be read as a tokenizer ({type(error).__name__}: {error})") from error
-        return cls(merges, vocabulary, _pad_token(folder))
+        return cls(merges, vocabulary, pad or _pad_token(folder))
 
     def _word_ids(self, word):
         """One word -> its ids: the pair of lowest rank is merged, wherever it stands, until no known pair is left."""

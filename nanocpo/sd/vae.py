@@ -41,78 +41,60 @@ class MidAttention(nn.Module):
         return x + rearrange(self.to_out(out), "b (h w) c -> b c h w", h=x.shape[2])
 
 
-class EncoderDownsample(Downsample):
-    """Pads on the right and below only: so it was trained."""
+class Half(Downsample):
+    """Half the size, padded on the right and below only: so it was trained."""
 
     def __init__(self, dim):
         super().__init__(dim)
         self.conv.padding = (0, 0)
 
     def forward(self, x):
-        return self.conv(F.pad(x, (0, 1, 0, 1)))
+        return super().forward(F.pad(x, (0, 1, 0, 1)))
+
+
+class Double(Upsample):
+    """Twice the size."""
+
+    def forward(self, x):
+        return super().forward(x, [2 * side for side in x.shape[2:]])
 
 
 class Blocks(nn.Module):
-    """The middle (`attention`), or one level: residual blocks, then a change of size."""
+    """One level: residual blocks, then a change of size; or the middle: two residual blocks with attention between them."""
 
     def __init__(self, c_in, c_out, count, groups, resize=None, attention=False):
         super().__init__()
         self.resnets = nn.ModuleList(ResBlock(c_in if i == 0 else c_out, c_out, None, groups, 0.0, EPS) for i in range(count))
         if attention:
             self.attentions = nn.ModuleList([MidAttention(c_out, groups)])
-        if resize is EncoderDownsample:
-            self.downsamplers = nn.ModuleList([resize(c_out)])
-        elif resize is Upsample:
-            self.upsamplers = nn.ModuleList([resize(c_out)])
+        if resize:
+            name, kind = resize
+            setattr(self, name, nn.ModuleList([kind(c_out)]))
 
     def forward(self, x):
-        for i, block in enumerate(self.resnets):
-            if i == 1 and hasattr(self, "attentions"):                               # between the middle's two blocks
-                x = self.attentions[0](x)
-            x = block(x)
-        if hasattr(self, "downsamplers"):
-            x = self.downsamplers[0](x)
-        if hasattr(self, "upsamplers"):
-            x = self.upsamplers[0](x, [2 * side for side in x.shape[2:]])
+        first, *rest = self.resnets
+        between = getattr(self, "attentions", ())
+        for module in (first, *between, *rest, *getattr(self, "downsamplers", ()), *getattr(self, "upsamplers", ())):
+            x = module(x)
         return x
 
 
-class Encoder(nn.Module):
-    """Pictures (B, 3, H, W) -> mean and log-variance, stacked (B, 2 * latent channels, H / 8, W / 8)."""
+class Coder(nn.Module):
+    """The encoder (down: levels, then the middle) or the decoder (the middle, then levels)."""
 
-    def __init__(self, config):
+    def __init__(self, c_in, c_out, channels, layers, groups, down):
         super().__init__()
-        channels, last = config.channels, len(config.channels) - 1
-        self.conv_in = nn.Conv2d(config.in_channels, channels[0], 3, padding=1)
-        self.down_blocks = nn.ModuleList(Blocks(channels[max(i - 1, 0)], c, config.layers, config.groups,
-                                                EncoderDownsample if i < last else None) for i, c in enumerate(channels))
-        self.mid_block = Blocks(channels[-1], channels[-1], 2, config.groups, attention=True)
-        self.conv_norm_out = nn.GroupNorm(config.groups, channels[-1], EPS)
-        self.conv_out = nn.Conv2d(channels[-1], 2 * config.latent_channels, 3, padding=1)
+        resize, last = ("downsamplers", Half) if down else ("upsamplers", Double), len(channels) - 1
+        self.conv_in = nn.Conv2d(c_in, channels[0], 3, padding=1)
+        levels = nn.ModuleList(Blocks(channels[max(i - 1, 0)], c, layers, groups, resize if i < last else None) for i, c in enumerate(channels))
+        self.mid_block = Blocks(*[channels[-1] if down else channels[0]] * 2, 2, groups, attention=True)
+        setattr(self, "down_blocks" if down else "up_blocks", levels)
+        self.conv_norm_out = nn.GroupNorm(groups, channels[-1], EPS)
+        self.conv_out = nn.Conv2d(channels[-1], c_out, 3, padding=1)
 
     def forward(self, x):
         x = self.conv_in(x)
-        for block in [*self.down_blocks, self.mid_block]:
-            x = block(x)
-        return self.conv_out(F.silu(self.conv_norm_out(x)))
-
-
-class Decoder(nn.Module):
-    """Latents (B, latent channels, h, w) -> pictures (B, 3, 8h, 8w)."""
-
-    def __init__(self, config):
-        super().__init__()
-        channels, last = config.channels[::-1], len(config.channels) - 1
-        self.conv_in = nn.Conv2d(config.latent_channels, channels[0], 3, padding=1)
-        self.mid_block = Blocks(channels[0], channels[0], 2, config.groups, attention=True)
-        self.up_blocks = nn.ModuleList(Blocks(channels[max(i - 1, 0)], c, config.layers + 1, config.groups,
-                                              Upsample if i < last else None) for i, c in enumerate(channels))
-        self.conv_norm_out = nn.GroupNorm(config.groups, channels[-1], EPS)
-        self.conv_out = nn.Conv2d(channels[-1], config.out_channels, 3, padding=1)
-
-    def forward(self, x):
-        x = self.conv_in(x)
-        for block in [self.mid_block, *self.up_blocks]:
+        for block in (*getattr(self, "down_blocks", ()), self.mid_block, *getattr(self, "up_blocks", ())):
             x = block(x)
         return self.conv_out(F.silu(self.conv_norm_out(x)))
 
@@ -123,9 +105,10 @@ class VAE(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.config, self.encoder, self.decoder = config, Encoder(config), Decoder(config)
-        self.quant_conv = nn.Conv2d(2 * config.latent_channels, 2 * config.latent_channels, 1)
-        self.post_quant_conv = nn.Conv2d(config.latent_channels, config.latent_channels, 1)
+        self.config, latent, channels = config, config.latent_channels, tuple(config.channels)
+        self.encoder = Coder(config.in_channels, 2 * latent, channels, config.layers, config.groups, down=True)
+        self.decoder = Coder(latent, config.out_channels, channels[::-1], config.layers + 1, config.groups, down=False)
+        self.quant_conv, self.post_quant_conv = nn.Conv2d(2 * latent, 2 * latent, 1), nn.Conv2d(latent, latent, 1)
 
     @property
     def factor(self):

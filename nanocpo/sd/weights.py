@@ -69,7 +69,7 @@ def read_tensors(path):
     return {name: value for name, value in content.items() if torch.is_tensor(value)}
 
 
-def read_folder(folder, variant=None):
+def read_part(folder, variant=None):
     """The tensors of one part (unet/, vae/, text_encoder/): .safetensors before .bin, shards before a whole file."""
     mark, stem = f".{variant}" if variant else "", "diffusion_pytorch_model"
     if not (any(folder.glob(f"{stem}*"))):
@@ -104,19 +104,18 @@ def read_shards(index):
     return state
 
 
-# Settings with the only values that are supported, and those that do not matter or are read below. Any other setting must be None or False.
-UNET_ONLY = {"act_fn": ("silu", "swish"), "resnet_time_scale_shift": ("default",), "attention_type": ("default",),
-             "conv_in_kernel": (3,), "conv_out_kernel": (3,), "flip_sin_to_cos": (True,), "freq_shift": (0,), "norm_eps": (1e-5,),
-             "downsample_padding": (1,), "mid_block_type": ("UNetMidBlock2DCrossAttn",), "mid_block_scale_factor": (1,),
-             "time_embedding_type": ("positional",), "resnet_out_scale_factor": (1,), "addition_embed_type": (None, "text_time"),
-             "in_channels": (4,), "out_channels": (4,)}
-UNET_FREE = {"sample_size", "upcast_attention", "use_linear_projection", "dropout", "addition_embed_type_num_heads",
-             "block_out_channels", "down_block_types", "up_block_types", "layers_per_block", "attention_head_dim", "num_attention_heads",
-             "cross_attention_dim", "norm_num_groups", "transformer_layers_per_block", "addition_time_embed_dim",
-             "projection_class_embeddings_input_dim"}
-VAE_ONLY = {"act_fn": ("silu", "swish"), "use_quant_conv": (True,), "use_post_quant_conv": (True,), "mid_block_add_attention": (True,)}
-VAE_FREE = {"sample_size", "force_upcast", "in_channels", "out_channels", "latent_channels", "block_out_channels", "layers_per_block",
-            "norm_num_groups", "scaling_factor", "down_block_types", "up_block_types"}
+# Settings with their only supported values, and those that do not matter or are read below. Any other setting must be None or False.
+SILU = ("silu", "swish")
+UNET_ONLY = {"act_fn": SILU, "resnet_time_scale_shift": ("default",), "attention_type": ("default",), "conv_in_kernel": (3,),
+             "conv_out_kernel": (3,), "flip_sin_to_cos": (True,), "freq_shift": (0,), "norm_eps": (1e-5,), "downsample_padding": (1,),
+             "mid_block_type": ("UNetMidBlock2DCrossAttn",), "mid_block_scale_factor": (1,), "time_embedding_type": ("positional",),
+             "resnet_out_scale_factor": (1,), "addition_embed_type": (None, "text_time"), "in_channels": (4,), "out_channels": (4,)}
+UNET_FREE = ("sample_size upcast_attention use_linear_projection dropout addition_embed_type_num_heads block_out_channels down_block_types "
+             "up_block_types layers_per_block attention_head_dim num_attention_heads cross_attention_dim norm_num_groups "
+             "transformer_layers_per_block addition_time_embed_dim projection_class_embeddings_input_dim").split()
+VAE_ONLY = {"act_fn": SILU, "use_quant_conv": (True,), "use_post_quant_conv": (True,), "mid_block_add_attention": (True,)}
+VAE_FREE = ("sample_size force_upcast in_channels out_channels latent_channels block_out_channels layers_per_block norm_num_groups "
+            "scaling_factor down_block_types up_block_types").split()
 HINTS = {"in_channels": " (9: inpainting, 8: editing by instruction)", "time_cond_proj_dim": " (a latent consistency model)",
          "class_embed_type": " (class embeddings)"}
 
@@ -153,24 +152,24 @@ def unet_config(config, where="unet"):
 def vae_config(config, where="vae"):
     """diffusers' vae/config.json -> VAEConfig."""
     check(config, VAE_ONLY, VAE_FREE, where)
-    kinds = set(config.get("down_block_types", [])) | set(config.get("up_block_types", []))
+    kinds = {*config.get("down_block_types", ()), *config.get("up_block_types", ())}
     if not kinds <= {"DownEncoderBlock2D", "UpDecoderBlock2D"}:
         raise WeightsError(f"{where}: the block types {', '.join(sorted(kinds))} are not supported")
     names = {"in_channels": "in_channels", "out_channels": "out_channels", "latent_channels": "latent_channels",
              "block_out_channels": "channels", "layers_per_block": "layers", "norm_num_groups": "groups", "scaling_factor": "scale"}
-    return VAEConfig(**{ours: tuple(config[key]) if ours == "channels" else config[key] for key, ours in names.items() if key in config})
+    return VAEConfig(**{ours: config[key] for key, ours in names.items() if key in config})
 
 
 def clip_config(config, where="text_encoder"):
     """transformers' config.json of a CLIP text model -> CLIPConfig."""
-    kinds = config.get("architectures") or ["CLIPTextModel"]
-    only = {"hidden_act": ("quick_gelu", "gelu"), "layer_norm_eps": (1e-5,), "model_type": ("clip_text_model",)}
-    check({key: config[key] for key in only if key in config} | {"architectures": kinds[0]},
-          only | {"architectures": ("CLIPTextModel", "CLIPTextModelWithProjection")}, (), where)
-    return CLIPConfig(config.get("vocab_size", 49408), config.get("max_position_embeddings", 77), config.get("hidden_size", 768),
-                      config.get("intermediate_size", 3072), config.get("num_hidden_layers", 12), config.get("num_attention_heads", 12),
-                      config.get("hidden_act", "quick_gelu"), config.get("eos_token_id", 49407),
-                      config.get("projection_dim", 768) if kinds[0].endswith("WithProjection") else None)
+    kind = (config.get("architectures") or ["CLIPTextModel"])[0]
+    only = {"hidden_act": ("quick_gelu", "gelu"), "layer_norm_eps": (1e-5,), "model_type": ("clip_text_model",),
+            "architectures": ("CLIPTextModel", "CLIPTextModelWithProjection")}
+    check({key: config[key] for key in only if key in config} | {"architectures": kind}, only, (), where)
+    get = config.get
+    return CLIPConfig(get("vocab_size", 49408), get("max_position_embeddings", 77), get("hidden_size", 768), get("intermediate_size", 3072),
+                      get("num_hidden_layers", 12), get("num_attention_heads", 12), get("hidden_act", "quick_gelu"),
+                      get("eos_token_id", 49407), get("projection_dim", 512) if kind.endswith("WithProjection") else None)
 
 
 def diffusion_config(config, prediction=None, where="scheduler"):
@@ -225,60 +224,57 @@ def load_parts(path, config=None, tokenizer=None, variant=None, dtype=torch.floa
     scheduler's: a single file of SD 2 does not say which it is; v is taken (the 768 model), the base model needs "eps"."""
     path, config = Path(path), Path(config) if config else None
     if path.is_dir():
-        read = lambda file: read_json(path / file)
         names = ["unet", "vae"] + [name for name in ("text_encoder", "text_encoder_2") if (path / name).is_dir()]
         if "text_encoder" not in names or not (path / "unet").is_dir():
             raise WeightsError(f"{path}: needs unet/, vae/ and text_encoder/, as the text-to-image models of Stable Diffusion 1, 2 and XL "
                                "have them (the XL refiner, other models and single parts do not)")
-        configs = {name: read(f"{name}/config.json") for name in names}
-        configs["scheduler"] = read("scheduler/scheduler_config.json")
-        states, config = {name: read_folder(path / name, variant) for name in names}, path
+        configs = {name: read_json(path / settings_file(name)) for name in [*names, "scheduler"]}
+        states, config = {name: read_part(path / name, variant) for name in names}, path
     else:
         whole = read_tensors(path)
         try:
-            kind = singlefile.version(whole)
-            configs = dict(singlefile.PRESETS[kind])
+            configs = dict(singlefile.PRESETS[singlefile.version(whole)])
             for name in configs:
-                file = f"{name}/scheduler_config.json" if name == "scheduler" else f"{name}/config.json"
-                if config and (config / file).is_file():
-                    configs[name] = read_json(config / file)
-            _, states = singlefile.split(whole, clip_config(configs["text_encoder"]).layers, ema)
-        except WeightsError:
-            raise
+                if config and (config / settings_file(name)).is_file():
+                    configs[name] = read_json(config / settings_file(name))
+            states = singlefile.split(whole, clip_config(configs["text_encoder"]).layers, ema)
         except (ValueError, KeyError) as error:
-            raise WeightsError(f"{path}: {error}") from error
-        x = states["unet"].get("conv_in.weight")
-        if x is not None and x.shape[1] != 4:
-            check({"in_channels": x.shape[1]}, UNET_ONLY, UNET_FREE, path)
-    xl = "text_encoder_2" in states
-    encoders = [name for name in ("text_encoder", "text_encoder_2") if name in states]
-    model = lambda kind, translate, name, dtype=dtype: build(kind, translate(configs[name], f"{path}, {name}"), states.pop(name), dtype,
-                                                              f"{path}, {name}")
-    # half precision overflows in XL's VAE; bfloat16 does not
-    unet, vae = model(UNet, unet_config, "unet"), model(VAE, vae_config, "vae", torch.float32 if dtype == torch.float16 else dtype)
-    if bool(unet.config.vector_dim) != xl:
+            raise error if isinstance(error, WeightsError) else WeightsError(f"{path}: {error}") from error
+        if "conv_in.weight" in states["unet"]:
+            check({"in_channels": states["unet"]["conv_in.weight"].shape[1]}, UNET_ONLY, UNET_FREE, path)
+    kinds = {"unet": (UNet, unet_config), "vae": (VAE, vae_config), "text_encoder": (CLIP, clip_config), "text_encoder_2": (CLIP, clip_config)}
+    models = {}
+    for name in list(states):
+        where, (kind, translate) = f"{path}, {name}", kinds[name]
+        # half precision overflows in XL's VAE; bfloat16 does not
+        models[name] = build(kind, translate(configs[name], where), states.pop(name),
+                             torch.float32 if name == "vae" and dtype == torch.float16 else dtype, where)
+    unet, vae, *encoders = models.values()
+    if bool(unet.config.vector_dim) != (len(encoders) == 2):
         raise WeightsError(f"{path}: XL's UNet goes with two text encoders, the others with one; this has {len(encoders)}")
-    texts = [model(CLIP, clip_config, name) for name in encoders]
-    tokenizers = [load_tokenizer(path, config, tokenizer, i, texts) for i in range(len(texts))]
+    tokenizers = [load_tokenizer(path, config, tokenizer, i, encoder) for i, encoder in enumerate(encoders)]
     index = read_json(config / "model_index.json") if config and (config / "model_index.json").is_file() else {}
-    return Parts(unet, vae, texts, tokenizers, diffusion_config(configs["scheduler"], prediction, f"{path}, scheduler"),
-                 xl and bool(index.get("force_zeros_for_empty_prompt", True)))
+    return Parts(unet, vae, encoders, tokenizers, diffusion_config(configs["scheduler"], prediction, f"{path}, scheduler"),
+                 len(encoders) == 2 and bool(index.get("force_zeros_for_empty_prompt", True)))
 
 
-def load_tokenizer(path, config, tokenizer, i, texts):
+def settings_file(part):
+    """Where a folder in diffusers' layout keeps the settings of a part."""
+    return f"{part}/{'scheduler_config' if part == 'scheduler' else 'config'}.json"
+
+
+def load_tokenizer(path, config, tokenizer, i, encoder):
     """The tokenizer of text encoder i. Without its own settings OpenCLIP's pads with "!", ViT-L's with the end of text."""
-    folder = config / ("tokenizer" if i == 0 else "tokenizer_2") if config else None
-    if tokenizer is None and (folder is None or not folder.is_dir()):
-        raise WeightsError(f"{path}: no tokenizer; give --tokenizer, a folder with merges.txt or tokenizer.json (any repository of "
-                           "Stable Diffusion has one)")
+    folder = tokenizer or config and config / ("tokenizer_2" if i else "tokenizer")
+    if not folder or not Path(folder).exists():
+        raise WeightsError(f"{path}: no tokenizer{f' in {folder}' if folder else ''}; give --tokenizer, a folder with merges.txt or "
+                           "tokenizer.json (any repository of Stable Diffusion has one)")
     try:
-        loaded = Tokenizer.load(tokenizer or folder)
+        loaded = Tokenizer.load(folder, None if not tokenizer else EOS if encoder.config.activation == "quick_gelu" else "!")
     except (ValueError, FileNotFoundError) as error:
         raise WeightsError(str(error)) from error
-    if tokenizer is not None:
-        loaded = Tokenizer(list(loaded.rank), loaded.vocabulary, EOS if texts[i].config.activation == "quick_gelu" else "!")
-    if max(loaded.vocabulary.values()) >= texts[i].config.vocabulary:
-        raise WeightsError(f"{path}: the tokenizer knows {len(loaded.vocabulary)} tokens, the text encoder only {texts[i].config.vocabulary}")
+    if max(loaded.vocabulary.values()) >= encoder.config.vocabulary:
+        raise WeightsError(f"{folder}: knows {len(loaded.vocabulary)} tokens, but text encoder {i + 1} only {encoder.config.vocabulary}")
     return loaded
 
 
