@@ -113,7 +113,7 @@ def in_browser(folder, actions, profile):
     (folder / "probe.html").write_text(text.replace("</html>", PROBE.replace("ACTIONS", actions) + "</html>"), encoding="utf-8")
     out = subprocess.run([BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run", "--disable-extensions",
                           "--disable-background-networking", f"--user-data-dir={profile}", "--dump-dom", (folder / "probe.html").as_uri()],
-                         capture_output=True, text=True, timeout=120)
+                         capture_output=True, text=True, timeout=600)
     found = re.search(r'<pre id="result">(.*?)</pre>', out.stdout)
     assert found, out.stdout[-500:] + out.stderr[-500:]
     return json.loads(unquote(found[1]))
@@ -125,7 +125,7 @@ def test_annotating_in_a_browser(folder, tmp_path_factory):
     profile = tmp_path_factory.mktemp("profile")
     got = in_browser(folder, """
         press("+"); press("ArrowDown"); press("-"); press("ArrowDown"); press("p"); press("u");
-        document.getElementById("caption").value = "first </script>"; document.getElementById("caption").oninput();
+        document.getElementById("caption").value = "first <\\/script>"; document.getElementById("caption").oninput();
         press("ArrowRight"); press("0"); press("ArrowRight"); press("n"); press("ArrowUp"); press("=");
     """, profile)
     assert got["before"]["progress"] == "1 of 3 done" and got["before"]["shown"].startswith("1 / 3") and got["picture"] == 2

@@ -27,7 +27,7 @@ def trained(adapter, seed=1):
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for b in adapter.B:
-            b += 0.3 * torch.randn(b.shape, generator=generator)
+            b += 0.05 * torch.randn(b.shape, generator=generator)
     return adapter
 
 
@@ -225,8 +225,8 @@ def test_diffusers_loads_our_files(pipe, layout, tmp_path):
     theirs.load_lora_weights(tmp_path, weight_name="pytorch_lora_weights.safetensors")
     try:
         got = theirs.unet(*inputs[:3], **added).sample
-        torch.testing.assert_close(got, want, atol=1e-5, rtol=0)              # the file is float32; a wrong scale moves 1e-2
-        assert (want - plain).abs().max() > 1e-2
+        torch.testing.assert_close(got, want, atol=1e-5, rtol=0)              # the file is float32; a wrong scale moves more than 1e-3
+        assert (want - plain).abs().max() > 1e-3
     finally:
         theirs.unload_lora_weights()
 
@@ -262,7 +262,7 @@ def test_an_adapter_trained_by_peft_reads_the_same(pipe, tmp_path):
         with torch.no_grad():
             for i, (name, p) in enumerate(theirs.unet.named_parameters()):
                 if "lora_B" in name:
-                    p += 0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(i))
+                    p += 0.02 * torch.randn(p.shape, generator=torch.Generator().manual_seed(i))
         inputs, added = unet_inputs(kind)
         want = theirs.unet(*inputs[:3], **added).sample
         layers = convert_state_dict_to_diffusers(peft.get_peft_model_state_dict(theirs.unet))
