@@ -1,6 +1,7 @@
 """Paint with any checkpoint: captions (and attributes) in, a PNG grid out.
 
     python sample.py --checkpoint out/target.pt --caption "a boat" "a tree" --count 4 --judge
+    python sample.py --weights sd15 --lora out_sd/target.safetensors --prompt "a boat on a lake, oil painting"
     python sample.py --checkpoint out/auxiliary.pt --positive all --negative all --guidance 2 --judge
 
 A plain model needs the caption only. With --guidance other than 1 the sample is guided from the negative prompt to the positive one.
@@ -13,6 +14,7 @@ from nanocpo.critic import judge
 from nanocpo.data import to_images
 from nanocpo.grid import save_grid
 from nanocpo.model import load_model
+from nanocpo.sd import finetune
 from nanocpo.train import pick_device
 
 
@@ -27,7 +29,7 @@ def main(argv=None):
     """Parse the flags, sample, write the grid; returns the pictures uint8 (N, H, W, 3)."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--checkpoint", default="out/target.pt")
-    parser.add_argument("--caption", nargs="+", help="captions; default: all that the model knows")
+    parser.add_argument("--caption", "--prompt", nargs="+", help="captions; default: all that the model knows")
     parser.add_argument("--positive", nargs="+", default=[], help="attributes to list as good: phrases, leaf names, or all")
     parser.add_argument("--negative", nargs="+", default=[], help="attributes to list as bad; with guidance, to move away from")
     parser.add_argument("--guidance", type=float, default=1.0, help="1: none")
@@ -38,9 +40,12 @@ def main(argv=None):
     parser.add_argument("--judge", action="store_true", help="write the critic's verdict under each picture")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, mps")
     parser.add_argument("--out", default="samples.png")
-    args = parser.parse_args(argv)
+    finetune.add_arguments(parser)
+    args = finetune.parse(parser, argv, finetune.SAMPLING)
     if args.count < 1:
         raise ValueError(f"--count must be at least 1, not {args.count}")
+    if args.weights:
+        return finetune.paint(args)
     model = load_model(args.checkpoint, pick_device(args.device))
     criteria = model.criteria
     positive, negative = attributes(criteria, args.positive, 1), attributes(criteria, args.negative, -1)

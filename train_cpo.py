@@ -21,8 +21,9 @@ from nanocpo.diffusion import guide
 from nanocpo.evaluate import evaluate, fingerprint, table
 from nanocpo.grid import save_grid
 from nanocpo.losses import RULES, cpo_loss, dpo_loss, sft_loss
+from nanocpo.sd import finetune
 from nanocpo.train import add_common_arguments, draw, draw_t, load_data, noised
-from train_sft import add_sft_arguments, caption_prompts, ensure_models, run_stage, sft_step
+from train_sft import add_sft_arguments, attribute_prompts, caption_prompts, ensure_models, run_stage, sft_step
 
 
 def add_cpo_arguments(parser):
@@ -142,6 +143,19 @@ def align(args, data, base, auxiliary, watch=None):
     return run_stage(args, target, loss_step, args.name, args.steps, args.lr, watch=watch)
 
 
+def align_weights(args):
+    """The same on Stable Diffusion, with adapters -> OUT/NAME.safetensors; returns the last log line."""
+    if args.method == "dpo":
+        raise ValueError("--method dpo needs pairs of pictures of one shape and caption; with --weights use cpo or sft")
+    data, base = finetune.start(args)
+    train, columns = data.split("train"), data.criteria.columns(args.criteria) if args.criteria else list(range(len(data.criteria)))
+    if args.method == "sft":
+        step = sft_step(args, best_part(args, train, columns), caption_prompts)
+    else:
+        step = cpo_step(args, train, base, finetune.ensure_auxiliary(args, base, sft_step(args, train, attribute_prompts)), columns)
+    return finetune.train(args, base, step, args.name, args.steps, args.lr)[1]
+
+
 def report(args, base, auxiliary, target, seconds):
     """Evaluate the five rows, write OUT/report.json and OUT/report.png (base above target), print the table. The rows of base and
     auxiliary are kept in OUT/rows.json and taken from there as long as models, flags and code stay the same."""
@@ -174,9 +188,12 @@ def main(argv=None):
     add_common_arguments(parser)
     add_sft_arguments(parser)
     add_cpo_arguments(parser)
-    args = parser.parse_args(argv)
+    finetune.add_arguments(parser)
+    args = finetune.parse(parser, argv, finetune.TRAINING)
     if args.name in ("base", "auxiliary"):
         parser.error(f"--name {args.name} would overwrite OUT/{args.name}.pt, which stage 1 makes; choose another name")
+    if args.weights:
+        return align_weights(args)
     start = time.time()
     data = load_data(args)
     base, auxiliary = ensure_models(args, data)

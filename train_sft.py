@@ -2,6 +2,7 @@
 
     python train_sft.py                          # trains what is missing: out/base.pt, then out/auxiliary.pt
     python train_sft.py --data paintings         # the same from a folder with metadata.jsonl
+    python train_sft.py --weights sd15 --data paintings --out out_sd         # an adapter on Stable Diffusion (nanocpo/sd/finetune.py)
 
 The *base* model is trained on plain captions; it stands for the public model that the paper starts from. The *auxiliary* model
 starts as a copy of it and sees prompts that also list an image's positive and negative attributes (2601.04300, stage 1).
@@ -17,6 +18,7 @@ from nanocpo.evaluate import all_prompts
 from nanocpo.grid import save_grid
 from nanocpo.losses import sft_loss
 from nanocpo.model import Model, load_model
+from nanocpo.sd import finetune
 from nanocpo.train import (Recipe, add_common_arguments, draw, drop_caption, finished, fit, load_data, noised, pick_device)
 
 
@@ -107,7 +109,11 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add_common_arguments(parser)
     add_sft_arguments(parser)
-    args = parser.parse_args(argv)
+    finetune.add_arguments(parser)
+    args = finetune.parse(parser, argv, finetune.TRAINING)
+    if args.weights:
+        data, base = finetune.start(args)
+        return base, finetune.ensure_auxiliary(args, base, sft_step(args, data.split("train"), attribute_prompts))
     data = load_data(args)
     return ensure_models(args, data)
 

@@ -116,6 +116,13 @@ def from_folder(folder, criteria=None, size=SIZE, skip_bad=False):
     """Read a folder (see above); every picture is cropped to a square in its middle and resized to `size`.
 
     Raises DataError at the first fault, with file, line and cure; skip_bad leaves such lines out and counts them in `skipped`."""
+    criteria, rows, skipped = read_folder(folder, criteria, lambda path: np.asarray(open_picture(path, lambda _: (size, size))), skip_bad)
+    images, captions, annotations = zip(*rows)
+    return Paintings(criteria, np.stack(images), list(captions), np.stack(annotations), skipped)
+
+
+def read_folder(folder, criteria, picture, skip_bad):
+    """The lines of a folder's metadata.jsonl -> (criteria, [(picture(path), caption, annotation)], number of bad lines)."""
     folder = Path(folder)
     listing = folder / "metadata.jsonl"
     if not listing.is_file():
@@ -128,7 +135,7 @@ def from_folder(folder, criteria=None, size=SIZE, skip_bad=False):
         if not line.strip():
             continue
         try:
-            rows.append(_read_line(folder, line, criteria, size))
+            rows.append(_read_line(folder, line, criteria, picture))
         except (DataError, CriteriaError) as error:
             if not skip_bad:
                 raise DataError(f"{listing}, line {number}: {error} (or pass --skip-bad to leave such lines out)") from error
@@ -137,12 +144,25 @@ def from_folder(folder, criteria=None, size=SIZE, skip_bad=False):
         raise DataError(f"{listing}: no usable picture in it ({skipped} skipped); add lines or mend the skipped ones")
     if skipped:
         print(f"{listing}: skipped {skipped} bad lines, kept {len(rows)}")
-    images, captions, annotations = zip(*rows)
-    return Paintings(criteria, np.stack(images), list(captions), np.stack(annotations), skipped)
+    return criteria, rows, skipped
 
 
-def _read_line(folder, line, criteria, size):
-    """One line of metadata.jsonl -> image, caption, annotation."""
+def open_picture(path, shape):
+    """A picture file -> RGB, resized and cut around its middle to shape((width, height)) of the upright original. Raises DataError."""
+    try:
+        with Image.open(path) as image:
+            if image.mode[0] in "IF":                             # Pillow would clip 16 and 32 bits to white, not scale them
+                raise ValueError(f"mode {image.mode} has more than 8 bits a channel")
+            image = ImageOps.exif_transpose(image).convert("RGB")
+            return ImageOps.fit(image, shape(image.size), Image.Resampling.LANCZOS)
+    except FileNotFoundError as error:
+        raise DataError(f"{path} does not exist; correct file_name or add the picture") from error
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise DataError(f"{path} cannot be read as a picture ({error}); save it again as PNG or JPEG") from error
+
+
+def _read_line(folder, line, criteria, picture):
+    """One line of metadata.jsonl -> picture, caption, annotation."""
     try:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:
@@ -160,16 +180,7 @@ def _read_line(folder, line, criteria, size):
         raise DataError(f"{row['file_name']!r} is no file name ({error}); correct it") from error
     if not inside:
         raise DataError(f"{row['file_name']} lies outside the folder; move the picture into it")
-    try:
-        with Image.open(path) as image:
-            if image.mode[0] in "IF":                             # Pillow would clip 16 and 32 bits to white, not scale them
-                raise ValueError(f"mode {image.mode} has more than 8 bits a channel")
-            image = ImageOps.fit(ImageOps.exif_transpose(image).convert("RGB"), (size, size), Image.Resampling.LANCZOS)
-    except FileNotFoundError as error:
-        raise DataError(f"{path} does not exist; correct file_name or add the picture") from error
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise DataError(f"{path} cannot be read as a picture ({error}); save it again as PNG or JPEG") from error
-    return np.asarray(image), row["caption"].strip(), annotation
+    return picture(path), row["caption"].strip(), annotation
 
 
 def main(argv=None):

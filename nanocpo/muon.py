@@ -29,8 +29,9 @@ class Muon(torch.optim.Optimizer):
     the learning rate; the first and the last layer, norms, biases and embeddings take AdamW's (1711.05101)."""
 
     def __init__(self, model, lr, weight_decay=0.01, momentum=0.95, betas=(0.9, 0.99)):
-        hidden = {name for name, p in model.unet.named_parameters() if p.dim() >= 2 and not name.startswith("conv_")}
-        muon = [p for name, p in model.unet.named_parameters() if name in hidden]
+        unet = getattr(model, "unet", torch.nn.Module())                  # a LoRA adapter has none: AdamW for all of it
+        hidden = {name for name, p in unet.named_parameters() if p.dim() >= 2 and not name.startswith("conv_")}
+        muon = [p for name, p in unet.named_parameters() if name in hidden]
         rest = [p for name, p in model.named_parameters() if name.removeprefix("unet.") not in hidden]
         super().__init__([{"params": muon, "muon": True}, {"params": rest, "muon": False}],
                          dict(lr=lr, weight_decay=weight_decay, momentum=momentum, betas=betas))

@@ -104,9 +104,9 @@ def fit(model, loss_step, recipe, path, *, name, seed=0, bf16=False, resume=Fals
     for step in bar:
         for group in optimizer.param_groups:
             group["lr"] = recipe.lr_at(step)
+        optimizer.zero_grad(set_to_none=True)                         # before the step, which may add gradients of its own
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             loss, logs, t = loss_step(model, generator)
-        optimizer.zero_grad(set_to_none=True)
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
         if not torch.isfinite(norm):

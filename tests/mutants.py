@@ -51,7 +51,7 @@ MUTANTS = [
           ("(xt - s * prediction) / a", "(xt - a * prediction) / s", "x0 from eps with the scales exchanged"),
           ("a * xt - s * prediction, s * xt + a * prediction", "a * xt + s * prediction, s * xt - a * prediction", "v read with the other sign"),
           ("((self.steps - count) *", "((self.steps - count - 1) *", "sampling does not begin at T - 1", "2305.08891; one of minDiffusion's two copies"),
-          ("if i + 1 < count and eta > 0", "if eta > 0", "noise is added at the last step"),
+          ("if a_next < 1 and eta > 0", "if eta > 0", "noise is added at the last step"),
           ("xt = a_next.sqrt().to(xt) * x0", "xt = a_now.sqrt().to(xt) * x0", "a step that stays where it is"),
           ("(1 - a_now / a_next)).sqrt()", "(1 - a_now / a_next))", "variance taken for its root"),
           ("eps = (xt - a_now.sqrt().to(xt) * x0) / (1 - a_now).sqrt().to(xt)", "pass", "eps keeps contradicting the clipped x0"),

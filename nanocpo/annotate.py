@@ -1,0 +1,74 @@
+"""Annotate a folder of pictures in the browser: the page needs no server and no network.
+
+    python -m nanocpo.annotate paintings         # writes paintings/annotate.html; open it, judge, save metadata.jsonl into paintings
+
+The page shows each picture beside the criteria tree (criteria.json in the folder, --tree, or the embedded one). It begins with what
+metadata.jsonl says already; what was judged since is kept by the browser. Run it again after adding pictures.
+"""
+import argparse
+import hashlib
+import json
+from pathlib import Path
+from urllib.parse import quote
+
+from .criteria import Criteria, CriteriaError
+from .data import DataError
+
+PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp"}
+TEMPLATE = Path(__file__).with_name("annotate.html")
+
+
+def collect(folder, criteria):
+    """The folder's pictures as the page's rows, with what metadata.jsonl says about them. Raises DataError with line and cure."""
+    folder = Path(folder)
+    files = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.suffix.lower() in PICTURES)
+    if not files:
+        raise DataError(f"{folder}: no picture in it ({', '.join(sorted(PICTURES))})")
+    known, listing = {}, folder / "metadata.jsonl"
+    for number, line in enumerate(listing.read_bytes().split(b"\n") if listing.exists() else (), 1):
+        if line.strip():
+            try:
+                row = json.loads(line)
+                states = criteria.annotation(row.pop("positive", []), row.pop("negative", []))
+                known[row.pop("file_name")] = str(row.pop("caption", "")), states, row
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise DataError(f"{listing}, line {number}: {error}; mend the line, or the page would lose it") from error
+    lost = sorted(set(known) - set(files))
+    if lost:
+        raise DataError(f"{listing}: {lost[0]} is no picture of {folder}; add it or remove the line, or the page would lose it")
+    rows = []
+    for file in files:
+        caption, states, other = known.get(file, ("", [0] * len(criteria), {}))
+        row = {"file_name": file, "caption": caption, "states": {leaf.name: int(s) for leaf, s in zip(criteria.leaves, states)}, "other": other}
+        # tells the browser whether what it kept began from this very line
+        row["was"] = hashlib.sha256(json.dumps(row, sort_keys=True).encode()).hexdigest()[:16]
+        rows.append(row | {"src": quote(file)})
+    return rows
+
+
+def page(folder, criteria):
+    """The HTML of the page. The data stand in a JSON block where no text can end the script element."""
+    data = {"folder": str(Path(folder).resolve()), "tree": criteria.to_dict(), "rows": collect(folder, criteria)}
+    safe = json.dumps(data).replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+    return TEMPLATE.read_text(encoding="utf-8").replace("DATA", safe, 1)
+
+
+def main(argv=None):
+    """Write FOLDER/annotate.html; returns its path."""
+    parser = argparse.ArgumentParser(description=main.__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("folder", help="folder with pictures, and perhaps metadata.jsonl and criteria.json")
+    parser.add_argument("--tree", help="criteria as JSON; default: criteria.json in the folder, else the embedded tree")
+    args = parser.parse_args(argv)
+    folder = Path(args.folder)
+    own = folder / "criteria.json"
+    try:
+        text = page(folder, Criteria.load(args.tree or own) if args.tree or own.exists() else Criteria.load())
+    except (DataError, CriteriaError) as error:
+        parser.error(str(error))
+    (folder / "annotate.html").write_text(text, encoding="utf-8")
+    print(f"open {folder / 'annotate.html'} in a browser; put the metadata.jsonl that it saves into {folder}")
+    return folder / "annotate.html"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,183 @@
+"""LoRA (2106.09685): small trainable adapters beside the linear layers of one frozen network.
+
+Auxiliary and target are two adapters on the same base, and the reference is the base with none: three models for the memory of one.
+An adapter adds scale * B A x to the output of a layer W x, with A (rank, in) random and B (out, rank) zero at the start.
+"""
+import json
+import math
+import re
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from .sd.singlefile import unet_name
+from .sd.weights import WeightsError, read_tensors, safetensors
+
+TARGETS = ("to_q", "to_k", "to_v", "to_out.0")         # the attention's layers, as diffusers' trainers choose them
+LAYOUTS = {"peft": ("unet.{}.lora_A.weight", "unet.{}.lora_B.weight"),
+           "diffusers": ("unet.{}.lora.down.weight", "unet.{}.lora.up.weight"),
+           "kohya": ("lora_unet_{}.lora_down.weight", "lora_unet_{}.lora_up.weight")}
+UNSUPPORTED = {"hada_": "LoHa", "lokr_": "LoKr", "dora_scale": "DoRA", "lora_magnitude_vector": "DoRA", "lora_mid": "LoCon with a middle",
+               "lora_bias": "LoRA with a bias", "lora_B.bias": "LoRA with a bias"}
+KOHYA_PARTS = {"lora_unet_": "unet", "lora_te_": "text_encoder", "lora_te1_": "text_encoder", "lora_te2_": "text_encoder_2"}
+
+
+class Adapter(nn.Module):
+    """The matrices of one adapter, float32 whatever the base is: the only parameters that are trained."""
+
+    def __init__(self, pairs, scale=1.0):
+        """pairs {layer name: (A (rank, in), B (out, rank))}."""
+        super().__init__()
+        self.place, self.scale = {name: i for i, name in enumerate(pairs)}, scale
+        self.A = nn.ParameterList(a for a, _ in pairs.values())
+        self.B = nn.ParameterList(b for _, b in pairs.values())
+
+    def add(self, name, x):
+        """What the adapter adds to the output of this layer for its input x; None if it leaves the layer alone."""
+        i = self.place.get(name)
+        return None if i is None else self.scale * F.linear(F.linear(x, self.A[i].to(x.dtype)), self.B[i].to(x.dtype))
+
+    def pairs(self):
+        """{layer name: (A, scale * B)}, detached: the scale is folded in, since most file layouts have no place for it."""
+        return {name: (self.A[i].detach(), self.scale * self.B[i].detach()) for name, i in self.place.items()}
+
+
+class LoRA:
+    """A frozen network and the adapter that acts on it now (`active`; None: the network is itself)."""
+
+    def __init__(self, network):
+        self.layers, self.active = {name: m for name, m in network.named_modules() if isinstance(m, nn.Linear)}, None
+        network.requires_grad_(False)
+        for name, layer in self.layers.items():
+            layer.register_forward_hook(self._hook(name))
+
+    def _hook(self, name):
+        def hook(layer, inputs, output):
+            extra = self.active.add(name, inputs[0]) if self.active is not None else None
+            return output if extra is None else output + extra
+        return hook
+
+    @contextmanager
+    def using(self, adapter):
+        """Inside the with-block `adapter` acts, or none; afterwards what acted before."""
+        before, self.active = self.active, adapter
+        try:
+            yield
+        finally:
+            self.active = before
+
+    def new(self, rank=8, alpha=None, targets=TARGETS, seed=0):
+        """A new adapter on the layers whose names end in one of `targets`. It changes nothing yet: B is zero. alpha None: the rank."""
+        generator, pairs = torch.Generator().manual_seed(seed), {}
+        for name, layer in self.layers.items():
+            if name.endswith(tuple("." + target for target in targets)):
+                a = torch.randn(rank, layer.in_features, generator=generator) / rank ** 0.5
+                pairs[name] = tuple(x.to(layer.weight.device) for x in (a, torch.zeros(layer.out_features, rank)))
+        return Adapter(pairs, (alpha or rank) / rank)
+
+
+@torch.no_grad()
+def merge(network, pairs):
+    """Add an adapter's pairs to the weights of the network's layers for good; it then costs nothing more."""
+    for name, (a, b) in pairs.items():
+        weight = network.get_submodule(name).weight
+        delta = (b.to(weight.device).float() @ a.to(weight.device).float()).view_as(weight)
+        weight.data = (weight.float() + delta).to(weight.dtype) if weight.dtype != torch.float64 else weight + delta.double()
+
+
+def save(adapter, path, layout="peft"):
+    """Write a .safetensors file that diffusers' load_lora_weights reads; "kohya" is what most other programs read."""
+    tensors, (down, up) = {}, LAYOUTS[layout]
+    for name, (a, b) in adapter.pairs().items():
+        flat = name.replace(".", "_") if layout == "kohya" else name
+        tensors |= {down.format(flat): a.cpu().contiguous(), up.format(flat): b.cpu().contiguous()}
+        if layout == "kohya":
+            tensors[f"lora_unet_{flat}.alpha"] = torch.tensor(float(len(a)))          # alpha = rank: the scale is in B already
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    safetensors().save_file(tensors, temporary)
+    temporary.replace(path)
+
+
+def load(path, networks):
+    """A LoRA file in peft's, diffusers' or kohya's layout -> {part: {layer name: (A, B)}}, the scale folded into B.
+
+    networks {"unet": ..., "text_encoder": ..., "text_encoder_2": ...}: where the names must be found. Raises WeightsError on any
+    key that has no place there: half an adapter is another adapter."""
+    path, found = Path(path), {}
+    state = read_tensors(path)
+    settings = _settings(path, state)
+    flat = {part: {name.replace(".", "_"): name for name, m in net.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))}
+            for part, net in networks.items()}
+    for key, x in state.items():
+        bad = next((kind for mark, kind in UNSUPPORTED.items() if mark in key), None)
+        # the oldest diffusers files name the attention's processor instead of its layers
+        plain = re.sub(r"\.processor\.(to_\w+?)_lora\.", lambda m: f".{m[1]}{'.0' if m[1] == 'to_out' else ''}.lora.", key)
+        match = re.match(r"(.+?)\.(?:(lora_A|lora_down|lora\.down|lora_linear_layer\.down)|(lora_B|lora_up|lora\.up|lora_linear_layer\.up))"
+                         r"(?:\.default)?\.weight$|(.+)\.alpha$", plain)
+        part, name = _layer(match[1] or match[4], flat) if match and not bad else (None, None)
+        if name is None:
+            raise WeightsError(f"{path}: {key} " + (f"belongs to a {bad}: not supported" if bad else
+                               f"has no place in {', '.join(networks)}; is the adapter of another model?"))
+        if match[4] is None and x.dim() == 4:
+            if x.shape[2:] != (1, 1):
+                raise WeightsError(f"{path}: {key} adapts a convolution of {x.shape[2]}x{x.shape[3]}: not supported")
+            x = x.flatten(1)
+        found.setdefault(part, {}).setdefault(name, {})["A" if match[2] else "B" if match[3] else "alpha"] = x
+    out = {part: {name: _fold(path, part, name, pieces, settings, networks[part]) for name, pieces in layers.items()}
+           for part, layers in found.items()}
+    if not out:
+        raise WeightsError(f"{path}: there is no adapter in it")
+    return out
+
+
+def _layer(name, flat):
+    """A layer's name in a file -> (part, our name), or (part, None). kohya's underscores are undone by a table of the real names."""
+    prefix = next((prefix for prefix in KOHYA_PARTS if name.startswith(prefix)), None)
+    if prefix:
+        part, name = KOHYA_PARTS[prefix], name.removeprefix(prefix).removeprefix("text_model_")
+        original = re.match(r"(?:(in|out)put_blocks_(\d+)_(\d+)|middle_block_(\d+))_(.*)", name)     # XL files: the original code's
+        if original:
+            way, block, i, middle, rest = original.groups()
+            name = unet_name(f"middle_block.{middle}.{rest}" if middle else f"{way}put_blocks.{block}.{i}.{rest}").replace(".", "_")
+    else:
+        part, _, rest = name.removeprefix("base_model.model.").partition(".")
+        part, name = (part, rest) if part in ("unet", "text_encoder", "text_encoder_2") else ("unet", name.removeprefix("base_model.model."))
+        name = name.removeprefix("text_model.").replace(".", "_")
+    return part, flat.get(part, {}).get(name)
+
+
+def _settings(path, state):
+    """What is known of rank and alpha beside the tensors: {part: settings as in peft's LoraConfig}."""
+    if any(key.startswith("base_model.model.") for key in state):
+        beside = path.with_name("adapter_config.json")
+        if not beside.is_file():
+            raise WeightsError(f"{path}: peft keeps this adapter's alpha in {beside.name} beside it; that file is missing")
+        return {"unet": json.loads(beside.read_text(encoding="utf-8"))}
+    flat, settings = {}, {}
+    if path.suffix == ".safetensors":
+        with safetensors().safe_open(path, "pt") as file:
+            flat = json.loads((file.metadata() or {}).get("lora_adapter_metadata", "{}"))
+    for key, value in flat.items():
+        part, _, name = key.partition(".")
+        settings.setdefault(part, {})[name] = value
+    return settings
+
+
+def _fold(path, part, name, pieces, settings, network):
+    """A, B and alpha of one layer -> (A, scale * B) float32. Without any alpha the scale is 1, as all readers take it."""
+    shape = network.get_submodule(name).weight.shape
+    if "A" not in pieces or "B" not in pieces or pieces["A"].shape != (len(pieces["A"]), shape[1]) or \
+            pieces["B"].shape != (shape[0], len(pieces["A"])):
+        shapes = ", ".join(f"{key} {tuple(x.shape)}" for key, x in pieces.items())
+        raise WeightsError(f"{path}: the adapter of {part}.{name} {tuple(shape)} is incomplete or of another shape: {shapes}")
+    a, b, known = pieces["A"].float(), pieces["B"].float(), settings.get(part, {})
+    if known.get("use_dora"):
+        raise WeightsError(f"{path}: DoRA is not supported")
+    pattern = next((v for k, v in (known.get("alpha_pattern") or {}).items() if re.match(rf"(.*\.)?({k})$", name)), None)
+    alpha = pieces["alpha"].item() if "alpha" in pieces else pattern or known.get("lora_alpha") or len(a)
+    return a, b * (alpha / (math.sqrt(len(a)) if known.get("use_rslora") else len(a)))

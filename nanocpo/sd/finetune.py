@@ -1,0 +1,199 @@
+"""The two stages on Stable Diffusion: what train_sft.py, train_cpo.py and sample.py need with --weights.
+
+    python train_sft.py --weights sd15 --data paintings --out out_sd        # -> out_sd/auxiliary.safetensors
+    python train_cpo.py --weights sd15 --data paintings --out out_sd        # -> out_sd/target.safetensors
+
+Pictures of any size are brought to a few sizes of about the same area ("buckets"), and their latents are computed once.
+"""
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from .. import lora
+from ..criteria import Criteria, Prompt
+from ..data import Batch, Paintings, open_picture, read_folder, to_images, to_tensor
+from ..grid import save_grid
+from ..train import Recipe, finished, fit, pick_device
+from .model import Base, Cache, SDModel, fingerprint
+from .weights import WeightsError, load_parts
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# what the scripts' flags default to with --weights; ours, not tuned on real weights
+TRAINING = {"batch": 1, "sft_steps": 2000, "sft_lr": 1e-4, "steps": 500, "lr": 1e-4, "sample_every": 0}
+SAMPLING = {"guidance": 7.5, "steps": 30, "count": 1}
+PICTURE_STEPS = 20                          # sampling steps of the grids while training
+
+
+def add_arguments(parser):
+    """The flags of Stable Diffusion, the same in all scripts."""
+    group = parser.add_argument_group("Stable Diffusion (README, section Stable Diffusion)")
+    group.add_argument("--weights", help="a folder in diffusers' layout or a single .safetensors or .ckpt file of Stable Diffusion 1, 2, XL")
+    group.add_argument("--lora", help="an adapter: in train_cpo.py the ready auxiliary, in sample.py what to paint with")
+    group.add_argument("--config", help="single file: a folder in diffusers' layout whose configs and tokenizer to use")
+    group.add_argument("--tokenizer", help="single file: merges.txt, tokenizer.json or a folder with one")
+    group.add_argument("--variant", help="folder: read the files of this variant, for example fp16")
+    group.add_argument("--prediction", choices=["eps", "v"], help="what the model predicts, if its files do not say (single file of SD 2)")
+    group.add_argument("--dtype", choices=DTYPES, default="float32", help="of the frozen base (--bf16: bfloat16); "
+                       "float16 is for sampling only")
+    group.add_argument("--resolution", type=int, default=512, help="side of a square picture; other shapes have about the same area")
+    group.add_argument("--bucket-step", type=int, default=64, help="sides of pictures are multiples of this")
+    group.add_argument("--rank", type=int, default=8, help="of the adapters")
+    group.add_argument("--accumulate", type=int, default=4, help="batches whose gradients make one step")
+    group.add_argument("--checkpointing", action="store_true", help="recompute activations: less memory, more time")
+    group.add_argument("--no-cache", action="store_true", help="do not keep latents and encoded prompts in OUT/cache")
+
+
+def parse(parser, argv, values):
+    """Parse the flags; with --weights those that the toy has too have other defaults, `values`."""
+    if parser.parse_known_args(argv)[0].weights:
+        parser.set_defaults(**values)
+    args = parser.parse_args(argv)
+    args.dtype = "bfloat16" if getattr(args, "bf16", False) else args.dtype
+    return args
+
+
+def open_base(args, cache=None):
+    """The frozen base that the flags name, as an SDModel without an adapter: it is the reference."""
+    parts = load_parts(args.weights, args.config, args.tokenizer, args.variant, DTYPES[args.dtype], args.prediction)
+    return SDModel(Base(parts, cache=cache, size=(args.resolution,) * 2, checkpointing=args.checkpointing, device=pick_device(args.device)))
+
+
+# ---- pictures
+
+def buckets(resolution, step=64):
+    """[(width, height)]: multiples of `step` with an area of at most resolution^2, for shapes from 1:2 to 2:1."""
+    area, sizes = resolution ** 2, set()
+    for width in range(step, 2 * resolution + 1, step):
+        height = area // width // step * step
+        if height and max(width, height) <= 2 * min(width, height):
+            sizes |= {(width, height), (height, width)}
+    if not sizes:
+        raise ValueError(f"--resolution {resolution} is less than --bucket-step {step}")
+    return sorted(sizes)
+
+
+def nearest(size, sizes):
+    """The bucket whose shape is nearest to (width, height); of equal shapes the largest."""
+    return min(sizes, key=lambda b: (abs(np.log(b[0] / b[1]) - np.log(size[0] / size[1])), -b[0] * b[1]))
+
+
+@dataclass
+class LatentPaintings(Paintings):
+    """Paintings whose `images` are latents (4, h, w) in an object array (N,), of several shapes."""
+
+    def batch(self, indices):
+        """Indices (B,) -> Batch of latents. All of a batch have the shape of its first picture; an index of another shape stands for
+        one of that shape (the index modulo their number), so a random batch stays random and buckets come as often as their pictures."""
+        alike = [i for i in range(len(self)) if self.images[i].shape == self.images[indices[0]].shape]
+        part = self.take([i if self.images[i].shape == self.images[indices[0]].shape else alike[i % len(alike)] for i in indices])
+        return Batch(torch.stack(list(part.images)), part.captions, part.annotations)
+
+
+def load_latents(args, base):
+    """The folder --data as LatentPaintings. The cache's key holds the VAE's weights, the picture's bytes and its size."""
+    if not Path(args.data).is_dir():
+        raise ValueError(f"--data {args.data}: with --weights it is a folder with pictures and metadata.jsonl")
+    sizes, vae, cache = buckets(args.resolution, args.bucket_step), base.latents, Cache(base.text.cache.folder)
+    key, bar = fingerprint(vae) if cache.folder else "", tqdm(desc="latents", leave=False, mininterval=2)
+
+    def latents(path):
+        image = open_picture(path, lambda size: nearest(size, sizes))
+        bar.update()
+        encode = lambda: vae.encode(to_tensor(np.asarray(image)[None]).to(base.device))[0].cpu()
+        with torch.no_grad():
+            return cache.get(f"latents {key} {image.size} {hashlib.sha256(path.read_bytes()).hexdigest()}", encode)
+
+    criteria = Criteria.load(args.tree) if args.tree else None
+    criteria, rows, skipped = read_folder(args.data, criteria, latents, args.skip_bad)
+    bar.close()
+    images = np.empty(len(rows), object)
+    for i, row in enumerate(rows):
+        images[i] = row[0]
+    return LatentPaintings(criteria, images, [row[1] for row in rows], np.stack([row[2] for row in rows]), skipped)
+
+
+# ---- training
+
+def start(args):
+    """(data, base) for the training scripts."""
+    if args.dtype == "float16":
+        raise ValueError("--dtype float16 is for sampling: small gradients vanish in it; train in bfloat16 or float32")
+    base = open_base(args, None if args.no_cache else Path(args.out) / "cache")
+    data = load_latents(args, base)
+    base.text.criteria, base.text.captions = data.criteria, sorted(set(data.captions))
+    return data, SDModel(base.base)
+
+
+def accumulated(loss_step, count):
+    """A loss step whose gradient is the mean over `count` batches: all but the last are taken back here, the last by fit()."""
+    def step(model, generator):
+        logs, times = [], []
+        for i in range(count):
+            loss, log, t = loss_step(model, generator)
+            logs.append(log)
+            times.append(t)
+            if i + 1 < count:
+                (loss / count).backward()
+        return loss / count, {name: torch.cat([log[name] for log in logs]) for name in logs[0]}, torch.cat(times)
+    return step
+
+
+def train(args, base, loss_step, name, steps, lr):
+    """Train a new adapter on the base -> OUT/NAME.pt (to resume) and OUT/NAME.safetensors, kohya's layout in NAME_kohya.safetensors;
+    returns (the averaged model, frozen; the last log line)."""
+    out, model = Path(args.out), base.with_adapter(args.rank, args.seed)
+
+    def pictures(average, step):
+        captions = [base.captions[i % len(base.captions)] for i in range(4)]
+        images = np.concatenate([to_images(m.sample(captions, guidance=7.5, steps=PICTURE_STEPS, seed=args.seed)) for m in (base, average)])
+        save_grid(out / "samples" / f"{name}_{step:05d}.png", images, captions * 2, columns=4, zoom=1, titles=["base", f"{name}, step {step}"])
+
+    average, line = fit(model, accumulated(loss_step, args.accumulate), Recipe(steps=steps, lr=lr, batch=args.batch), out / f"{name}.pt",
+                        name=name, seed=args.seed, resume=args.resume, save_every=args.save_every, pictures=pictures,
+                        sample_every=args.sample_every)
+    lora.save(average.adapter, out / f"{name}.safetensors")
+    lora.save(average.adapter, out / f"{name}_kohya.safetensors", "kohya")
+    print(f"{out / name}.safetensors written")
+    return average, line
+
+
+def with_lora(base, path, merge_text=False):
+    """The base with the adapter of a file. merge_text: what it says of the text encoders is merged into them; else it is refused."""
+    parts, names = base.base.parts, ("text_encoder", "text_encoder_2")
+    pairs = lora.load(path, {"unet": parts.unet} | dict(zip(names, parts.encoders)))
+    if not merge_text and pairs.keys() - {"unet"}:
+        raise WeightsError(f"{path}: it adapts the text encoder too, which all models share in training; give one for the UNet alone")
+    for name, encoder in zip(names, parts.encoders):
+        lora.merge(encoder, pairs.get(name, {}))
+    adapter = lora.Adapter({name: [torch.nn.Parameter(x.to(base.device)) for x in pair] for name, pair in pairs.get("unet", {}).items()})
+    return SDModel(base.base, adapter).frozen_copy()
+
+
+def ensure_auxiliary(args, base, loss_step):
+    """The auxiliary: --lora's adapter, or OUT's, or trained now with loss_step."""
+    path = Path(args.lora or Path(args.out) / "auxiliary.safetensors")
+    if args.lora and not path.is_file():
+        raise WeightsError(f"--lora {path}: not found")
+    if not args.lora and not (path.is_file() and finished(path.with_suffix(".pt"))):
+        return train(args, base, loss_step, "auxiliary", args.sft_steps, args.sft_lr)[0]
+    return with_lora(base, path)
+
+
+def paint(args):
+    """sample.py with --weights: the grid in --out; returns the pictures uint8 (N, H, W, 3). --positive and --negative are phrases here:
+    they stand in the prompts as they did in training, the negative ones in the prompt to guide away from."""
+    if args.judge:
+        raise ValueError("--judge: the critic knows the painter's pictures only; leave it out with --weights")
+    model = open_base(args)
+    model = with_lora(model, args.lora, merge_text=True) if args.lora else model
+    captions = [c for c in args.caption or [""] for _ in range(args.count)]
+    prompts = [Prompt(c, tuple(args.positive)) for c in captions]
+    away = [Prompt(c, (), tuple(args.negative)) for c in captions] if args.negative else None
+    images = to_images(model.sample(prompts, away, args.guidance, args.steps, args.eta, args.seed))
+    save_grid(args.out, images, captions, columns=min(len(images), 4), zoom=1)
+    print(f"{args.out}: {len(images)} pictures")
+    return images

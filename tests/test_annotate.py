@@ -1,0 +1,144 @@
+"""The annotation page: what goes in comes out, no text can break it, and a real browser can work with it where there is one."""
+import html.parser
+import json
+import re
+import shutil
+import subprocess
+
+import pytest
+from PIL import Image
+
+from nanocpo.annotate import collect, main, page
+from nanocpo.criteria import Criteria
+from nanocpo.data import DataError, from_folder, from_painter
+
+TREE = {"name": "T", "children": [{"name": "A", "children": [{"name": "One", "positive": "good one", "negative": "bad one"},
+                                                            {"name": "Two", "positive": "good </script><b>", "negative": "bad & \"two\""}]},
+                                  {"name": "Three", "positive": "good three", "negative": "bad three"}]}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for name in ("a.png", "b c#1.jpg", "sub/d.PNG"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        Image.new("RGB", (40, 30), "teal").save(tmp_path / name)
+    (tmp_path / "criteria.json").write_text(json.dumps(TREE))
+    (tmp_path / "metadata.jsonl").write_text(json.dumps({"file_name": "b c#1.jpg", "caption": "x </script><script>alert(1)</script> <!-- é",
+                                                         "positive": ["good one"], "negative": ["Two"], "artist": "me"}) + "\n\n")
+    return tmp_path
+
+
+class Scripts(html.parser.HTMLParser):
+    """The contents of the page's scripts as a browser cuts them, and all attributes that would load something."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.scripts, self.inside, self.loads = [], False, []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.inside = tag == "script"
+        self.scripts += [""] * self.inside
+        self.loads += [value for key, value in attributes if key in ("src", "href")]
+
+    def handle_endtag(self, tag):
+        self.inside = self.inside and tag != "script"
+
+    def handle_data(self, data):
+        if self.inside:
+            self.scripts[-1] += data
+
+
+def test_the_page_holds_the_data_whatever_they_say(folder):
+    path = main([str(folder)])
+    assert path == folder / "annotate.html"
+    parsed = Scripts(path.read_text(encoding="utf-8"))
+    assert len(parsed.scripts) == 2 and parsed.loads == []                # the data, the program; nothing from elsewhere
+    data = json.loads(parsed.scripts[0])
+    assert data["tree"] == TREE
+    assert [row["file_name"] for row in data["rows"]] == ["a.png", "b c#1.jpg", "sub/d.PNG"]
+    assert data["rows"][1]["src"] == "b%20c%231.jpg"
+    assert data["rows"][1]["caption"] == "x </script><script>alert(1)</script> <!-- é"
+    assert data["rows"][1]["states"] == {"One": 1, "Two": -1, "Three": 0} and data["rows"][1]["other"] == {"artist": "me"}
+    assert data["rows"][0]["caption"] == "" and set(data["rows"][0]["states"].values()) == {0}
+    assert "<" not in parsed.scripts[0]
+
+
+def test_a_changed_line_is_told_from_an_old_one(folder):
+    criteria = Criteria.load(folder / "criteria.json")
+    before = [row["was"] for row in collect(folder, criteria)]
+    assert [row["was"] for row in collect(folder, criteria)] == before
+    (folder / "metadata.jsonl").write_text(json.dumps({"file_name": "b c#1.jpg", "caption": "other"}))
+    after = [row["was"] for row in collect(folder, criteria)]
+    assert after[1] != before[1] and after[0] == before[0]
+
+
+@pytest.mark.parametrize("line, words", [("{", "line 2"), ('{"file_name": "a.png", "positive": ["nonsense"]}', "line 2: .*nonsense"),
+                                         ('{"caption": "x"}', "line 2"), ("[]", "line 2"), ('{"file_name": "gone.png"}', "gone.png is no picture")])
+def test_lines_that_the_page_would_lose_stop_it(folder, line, words):
+    with open(folder / "metadata.jsonl", "w") as file:
+        file.write("\n" + line + "\n")
+    with pytest.raises(DataError, match=words):
+        page(folder, Criteria.load(folder / "criteria.json"))
+
+
+def test_a_folder_without_pictures_is_an_error(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        main([str(tmp_path)])
+    assert "no picture in it" in capsys.readouterr().err
+
+
+def test_the_painters_export_opens(tmp_path):
+    data = from_painter(count=3)
+    data.export(tmp_path)
+    rows = collect(tmp_path, data.criteria)
+    assert [list(row["states"].values()) for row in rows] == data.annotations.tolist() and [row["caption"] for row in rows] == data.captions
+
+
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
+# run in the page after it: press keys as a person would, then put what would be saved where the test can read it
+PROBE = """<script>
+const press = (key) => document.onkeydown({ key, preventDefault() {} });
+const before = { progress: document.getElementById("count").textContent, metadata: metadata(), shown: document.getElementById("where").textContent };
+ACTIONS
+document.body.innerHTML = "<pre id=result></pre>";
+document.getElementById("result").textContent = encodeURIComponent(JSON.stringify({ before, after: metadata(), kept: localStorage.getItem(key), picture }));
+</script>"""
+
+
+def in_browser(folder, actions, profile):
+    """Open the page in a headless browser, from file:// and without a network, with PROBE at its end."""
+    from urllib.parse import unquote
+    text = (folder / "annotate.html").read_text(encoding="utf-8")
+    (folder / "probe.html").write_text(text.replace("</html>", PROBE.replace("ACTIONS", actions) + "</html>"), encoding="utf-8")
+    out = subprocess.run([BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run", "--disable-extensions",
+                          "--disable-background-networking", f"--user-data-dir={profile}", "--dump-dom", (folder / "probe.html").as_uri()],
+                         capture_output=True, text=True, timeout=600)
+    found = re.search(r'<pre id="result">(.*?)</pre>', out.stdout)
+    assert found, out.stdout[-500:] + out.stderr[-500:]
+    return json.loads(unquote(found[1]))
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium on this machine")
+def test_annotating_in_a_browser(folder, tmp_path_factory):
+    main([str(folder)])
+    profile = tmp_path_factory.mktemp("profile")
+    got = in_browser(folder, """
+        press("+"); press("ArrowDown"); press("-"); press("ArrowDown"); press("p"); press("u");
+        document.getElementById("caption").value = "first <\\/script>"; document.getElementById("caption").oninput();
+        press("ArrowRight"); press("0"); press("ArrowRight"); press("n"); press("ArrowUp"); press("=");
+    """, profile)
+    assert got["before"]["progress"] == "1 of 3 done" and got["before"]["shown"].startswith("1 / 3") and got["picture"] == 2
+    original = (folder / "metadata.jsonl").read_text()
+    assert json.loads(got["before"]["metadata"]) == json.loads(original) | {"negative": ["bad & \"two\""]}       # untouched: what was read
+    lines = [json.loads(line) for line in got["after"].splitlines()]
+    assert lines == [{"file_name": "a.png", "caption": "first </script>", "positive": ["good one"], "negative": ["bad & \"two\""]},
+                     {"file_name": "b c#1.jpg", "caption": "x </script><script>alert(1)</script> <!-- é", "positive": [],
+                      "negative": ["bad & \"two\""], "artist": "me"}]          # the third has no caption yet
+    again = in_browser(folder, "", profile)                                  # reopening continues, the third picture's judgement too
+    assert again["before"]["metadata"] == got["after"] and json.loads(again["kept"])["sub/d.PNG"]["states"] == {"One": -1, "Two": 0, "Three": 1}
+    (folder / "metadata.jsonl").write_text(got["after"], encoding="utf-8")
+    data = from_folder(folder, size=8)                                       # what it saves, the training scripts read
+    assert data.captions == ["first </script>", lines[1]["caption"]] and data.annotations.tolist() == [[1, -1, 0], [0, -1, 0]]
+    main([str(folder)])                                                      # and a page made from it says the same, in a fresh browser
+    assert in_browser(folder, "", tmp_path_factory.mktemp("fresh"))["before"]["metadata"] == got["after"]

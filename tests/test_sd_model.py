@@ -1,0 +1,368 @@
+"""Stable Diffusion behind the toy's interface: whole pipelines against diffusers, prompts, caches, buckets, and both stages end to end."""
+import argparse
+import json
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import sd_tiny
+from nanocpo.criteria import Prompt
+from nanocpo.data import DataError, from_painter
+from nanocpo.sd import finetune
+from nanocpo.sd.clip import CLIP, CLIPConfig
+from nanocpo.sd.finetune import LatentPaintings, accumulated, buckets, nearest
+from nanocpo.sd.model import Base, Cache, SDModel, fingerprint, fitted
+from nanocpo.sd.tokenizer import Tokenizer
+from nanocpo.sd.vae import VAE, VAEConfig
+from nanocpo.sd.weights import Parts, diffusion_config
+from nanocpo.train import Recipe, fit
+from nanocpo.unet import UNet, UNetConfig
+
+
+def tiny(xl=False, cache=None, zeros=True, dtype=torch.float32, seed=0, checkpointing=False):
+    """A random model without any file or oracle: 48 x 48 pictures have 6 x 6 latents."""
+    torch.manual_seed(seed)
+    tokenizer = Tokenizer(sd_tiny.train_merges(), pad="!" if xl else "<|endoftext|>")
+    clip = CLIPConfig(vocabulary=len(tokenizer.vocabulary), width=12, hidden=16, layers=2, heads=2)
+    encoders = [CLIP(clip)] + [CLIP(CLIPConfig(**vars(clip) | {"projection": 10, "activation": "gelu"}))] * xl
+    unet = UNetConfig(in_channels=4, out_channels=4, channels=(8, 16), depth=(0, 1), heads=(2, 2), groups=4, context_dim=24 if xl else 12,
+                      vector_dim=10 + 6 * 4 if xl else None, size_dim=4 if xl else None)
+    parts = Parts(UNet(unet), VAE(VAEConfig(channels=(4, 4, 8, 8), layers=1, groups=2)), encoders, [tokenizer] * len(encoders),
+                  diffusion_config({"_class_name": "EulerDiscreteScheduler" if xl else "PNDMScheduler"}), xl and zeros)
+    for part in (parts.unet, parts.vae, *parts.encoders):
+        sd_tiny.perturb(part.to(dtype)).requires_grad_(False)
+    return SDModel(Base(parts, cache=cache, size=(48, 48), checkpointing=checkpointing))
+
+
+def moved(model, seed=1):
+    """As after training: the adapter does something."""
+    with torch.no_grad():
+        for b in model.adapter.B:
+            b += 0.5 * torch.randn(b.shape, generator=torch.Generator().manual_seed(seed))
+    return model
+
+
+# ---- pipelines
+
+@pytest.mark.parametrize("kind", ["sd1", "sd1 euler", "sd2", "sdxl"])
+def test_whole_pipelines_equal_diffusers(kind, tmp_path):
+    diffusers = pytest.importorskip("diffusers")
+    pytest.importorskip("safetensors")
+    from nanocpo.sd.weights import load_parts
+    scheduler = diffusers.EulerDiscreteScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", timestep_spacing="leading",
+                                                 steps_offset=1) if "euler" in kind else None
+    pipe = sd_tiny.pipeline(kind.split()[0], tmp_path, scheduler)
+    model = SDModel(Base(load_parts(tmp_path, dtype=torch.float64)))
+    if hasattr(pipe.scheduler, "final_alpha_cumprod"):                    # float64 there too; Euler casts to float32 inside
+        pipe.scheduler.alphas_cumprod, pipe.scheduler.final_alpha_cumprod = model.diffusion.alpha_bar, model.diffusion.alpha_bar[0]
+    noise = torch.randn(4, 7, 5, generator=torch.Generator().manual_seed(3))[None].double()
+    for negative in (None, "muddy colour, blurred edges"):
+        ours = model.sample(["a boat on the water; good: rich colour"], negative and [negative], guidance=7.5, steps=5, seed=3, size=(56, 40))
+        theirs = pipe(prompt="a boat on the water; good: rich colour", negative_prompt=negative, num_inference_steps=5, guidance_scale=7.5,
+                      latents=noise, height=56, width=40, output_type="pt").images
+        torch.testing.assert_close((ours / 2 + 0.5).clamp(0, 1), theirs, atol=1e-9 if kind in ("sd1", "sd2") else 2e-6, rtol=0)
+        assert theirs.std() > 0.05
+
+
+@pytest.mark.parametrize("xl", [False, True])
+def test_sampling_without_an_oracle(xl):
+    model = tiny(xl)
+    images = model.sample(["a boat", "a tree"], seed=1, steps=3)
+    assert images.shape == (2, 3, 48, 48) and images.isfinite().all()
+    torch.testing.assert_close(model.sample(["a boat"], seed=1, steps=3), images[:1], atol=1e-5, rtol=0)     # noise by picture, not by batch
+    torch.testing.assert_close(model.sample(["a boat", "a tree"], seed=1, steps=3, batch=2), images, atol=1e-5, rtol=0)
+    guided = model.sample(["a boat", "a tree"], seed=1, steps=3, guidance=4.0)
+    assert (guided - images).abs().max() > 1e-3
+    assert not torch.equal(model.sample(["a boat", "a tree"], ["a tree", "a boat"], seed=1, steps=3, guidance=4.0), guided)
+    assert model.sample(["a boat"], steps=2, size=(32, 64)).shape == (1, 3, 32, 64)
+    with pytest.raises(ValueError, match="multiple of 8"):
+        model.sample(["a boat"], size=(30, 32))
+
+
+def test_xl_empty_prompts_are_zeros_and_sizes_matter():
+    model = tiny(xl=True)
+    context, pooled = model.text.tokens(["", Prompt("a boat")])
+    assert not context[0].any() and not pooled[0].any() and context[1].any() and pooled[1].any()
+    assert tiny(xl=True, zeros=False).text.tokens([""])[0].any()
+    seen = []
+    model.base.parts.unet.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[4]))
+    model(torch.randn(2, 4, 6, 4), torch.tensor([1, 2]), ["a", "b"])
+    assert seen[0].tolist() == [[48, 32, 0, 0, 48, 32]] * 2                # original height, width, crop, target height, width
+
+
+# ---- one base, several models
+
+def test_three_models_share_one_base():
+    base = tiny()
+    auxiliary, target = moved(base.with_adapter(2, seed=1)), base.with_adapter(2, seed=2)
+    x, t = torch.randn(2, 4, 6, 6), torch.tensor([5, 900])
+    plain = base(x, t, ["a", "b"])
+    assert torch.equal(target(x, t, ["a", "b"]), plain)                    # a new adapter does nothing
+    assert (auxiliary(x, t, ["a", "b"]) - plain).abs().max() > 1e-3
+    assert torch.equal(base(x, t, ["a", "b"]), plain)                      # and the reference stays what it was
+    assert list(base.parameters()) == [] and auxiliary.base is target.base
+    assert {name.split(".")[0] for name, _ in target.named_parameters()} == {"adapter"}
+    frozen = auxiliary.frozen_copy()
+    assert frozen.base is base.base and not any(p.requires_grad for p in frozen.parameters())
+    with torch.no_grad():
+        auxiliary.adapter.A[0].add_(1)
+    assert not torch.equal(frozen.adapter.A[0], auxiliary.adapter.A[0])
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_fit_trains_the_adapter_alone_and_resumes(checkpointing, tmp_path):
+    base = tiny(checkpointing=checkpointing)
+    before = fingerprint(base.base.parts.unet)
+    x0 = torch.randn(2, 4, 6, 6, generator=torch.Generator().manual_seed(0))
+    base.text.criteria = from_painter(count=1).criteria
+
+    def loss_step(model, generator):
+        t = torch.randint(1000, (2,), generator=generator)
+        noise = torch.randn(x0.shape, generator=generator)
+        loss = ((model(model.diffusion.q_sample(x0, t, noise), t, ["a boat", "a tree"]) - noise) ** 2).flatten(1).mean(1)
+        return loss.mean(), {"loss": loss.detach()}, t
+    recipe = Recipe(steps=6, lr=1e-2, warmup=1)
+    whole, line = fit(base.with_adapter(2), loss_step, recipe, tmp_path / "whole.pt", name="a")
+    stopped = [0]
+
+    def stops(model, generator):
+        stopped[0] += 1
+        if stopped[0] == 5:
+            raise KeyboardInterrupt
+        return loss_step(model, generator)
+    with pytest.raises(KeyboardInterrupt):
+        fit(base.with_adapter(2), stops, recipe, tmp_path / "part.pt", name="a", save_every=2)
+    resumed, _ = fit(base.with_adapter(2), loss_step, recipe, tmp_path / "part.pt", name="a", resume=True)
+    for a, b in zip(whole.parameters(), resumed.parameters()):
+        torch.testing.assert_close(a, b, atol=0, rtol=0)
+    assert line["step"] == 6 and all(b.abs().max() > 0 for b in whole.adapter.B)
+    assert fingerprint(base.base.parts.unet) == before
+
+
+def test_accumulation_is_the_mean_over_batches():
+    base = tiny(dtype=torch.float64)
+    model, x = moved(base.with_adapter(2)), torch.randn(6, 4, 6, 6, dtype=torch.float64)
+    t = torch.tensor([1, 200, 400, 600, 800, 990])
+
+    def step_over(indices):
+        indices = iter(indices)
+
+        def step(model, generator):
+            i = next(indices)
+            loss = (model(x[i], t[i], ["a boat"] * len(i)) ** 2).flatten(1).mean(1)
+            return loss.mean(), {"loss": loss.detach()}, t[i]
+        return step
+    gradients = []
+    for step in (step_over([[0, 1, 2, 3, 4, 5]]), accumulated(step_over([[0, 1], [2, 3], [4, 5]]), 3)):
+        model.zero_grad()
+        loss, logs, times = step(model, None)
+        loss.backward()
+        assert logs["loss"].shape == (6,) and times.tolist() == t.tolist()
+        gradients.append([p.grad.clone() for p in model.parameters()])
+    for whole, parts in zip(*gradients):
+        torch.testing.assert_close(whole, parts, atol=1e-6, rtol=1e-5)
+
+
+# ---- prompts and caches
+
+def test_long_prompts_lose_whole_phrases_from_both_sides():
+    tokenizer = Tokenizer(sd_tiny.train_merges())
+    good, bad = tuple(f"good thing {i}" for i in range(12)), tuple(f"bad thing {i}" for i in range(12))
+    with pytest.warns(UserWarning, match="phrases are left out"):
+        text = fitted(Prompt("a boat", good, bad), tokenizer)
+    assert len(tokenizer.encode(text)) <= 75
+    kept = [side.split(": ")[1].split(", ") for side in text.split("; ")[1:]]
+    assert set(kept[0]) <= set(good) and set(kept[1]) <= set(bad) and abs(len(kept[0]) - len(kept[1])) <= 1 and min(map(len, kept)) > 2
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert fitted(Prompt("a boat", good[:1], bad[:1]), tokenizer) == "a boat; good: good thing 0; bad: bad thing 0"
+        assert fitted(Prompt(""), tokenizer) == ""
+    with pytest.warns(UserWarning, match="caption is cut"):
+        fitted(Prompt("boat " * 100), tokenizer)
+
+
+def count_runs(model):
+    runs = []
+    for encoder in model.base.parts.encoders:
+        encoder.register_forward_hook(lambda *_: runs.append(1))
+    return runs
+
+
+def test_encoded_prompts_are_kept_on_disk(tmp_path):
+    model = tiny(cache=tmp_path)
+    runs = count_runs(model)
+    first = model.text.tokens(["a boat", "a tree"])[0]
+    again = model.text.tokens(["a tree", "a boat"])[0]
+    assert torch.equal(first.flip(0), again) and len(runs) == 2
+    other = tiny(cache=tmp_path)
+    runs = count_runs(other)
+    assert torch.equal(other.text.tokens(["a boat", "a tree"])[0], first) and len(runs) == 0       # another run, the same weights
+    other.text.tokens(["a boat."])
+    assert len(runs) == 1                                                  # another caption
+    changed = tiny(cache=tmp_path, seed=1)
+    runs = count_runs(changed)
+    assert not torch.equal(changed.text.tokens(["a boat"])[0], first[:1]) and len(runs) == 1      # other weights
+    for file in tmp_path.iterdir():
+        file.write_bytes(file.read_bytes()[:50])
+    again = tiny(cache=tmp_path)
+    assert torch.equal(again.text.tokens(["a boat", "a tree"])[0], first)  # damaged files are made again
+
+
+def test_fingerprint_sees_every_weight():
+    model = tiny().latents
+    before = fingerprint(model)
+    with torch.no_grad():
+        model.quant_conv.bias[0] += 1e-6
+    assert fingerprint(model) != before and fingerprint(model.half()) != fingerprint(model.float())
+
+
+def test_cache_without_a_folder_keeps_nothing():
+    made = []
+    for _ in range(2):
+        Cache(None).get("x", lambda: made.append(1))
+    assert len(made) == 2
+
+
+# ---- pictures
+
+def test_buckets():
+    sizes = buckets(512)
+    assert (512, 512) in sizes and all(w % 64 == h % 64 == 0 and w * h <= 512 ** 2 and 0.5 <= w / h <= 2 for w, h in sizes)
+    assert {(h, w) for w, h in sizes} == set(sizes)
+    assert nearest((3000, 3000), sizes) == (512, 512) and nearest((640, 427), sizes) == (640, 384) and nearest((100, 5000), sizes) == (384, 640)
+    assert nearest((1600, 1200), sizes) == nearest((16, 12), sizes) and nearest((1200, 1600), sizes) == nearest((1600, 1200), sizes)[::-1]
+    with pytest.raises(ValueError, match="bucket-step"):
+        buckets(32)
+
+
+def test_a_batch_has_one_shape():
+    images = np.empty(10, object)
+    for i in range(10):
+        images[i] = torch.full((4, 4, 6) if i % 3 else (4, 6, 4), float(i))
+    painter = from_painter(count=10)
+    data = LatentPaintings(painter.criteria, images, [f"caption {i}" for i in range(10)], painter.annotations)
+    for first in range(10):
+        batch = data.batch([first, 0, 1, 2, 3, 9])
+        numbers = batch.images[:, 0, 0, 0].long().tolist()
+        assert len({i % 3 == 0 for i in numbers}) == 1 and numbers[0] == first
+        assert batch.captions == [f"caption {i}" for i in numbers] and (batch.annotations == painter.annotations[numbers]).all()
+    assert len(data.split("train")) == 8 and isinstance(data.split("train"), LatentPaintings)
+
+
+def write_pictures(folder, count=12):
+    """The painter's export with pictures of several shapes, PNG and JPEG."""
+    from_painter(count=count).export(folder)
+    rows = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
+    for i, row in enumerate(rows):
+        old = folder / row["file_name"]
+        image = Image.open(old).resize([(96, 64), (64, 96), (70, 70)][i % 3])
+        old.unlink()
+        row["file_name"] = f"{i}.{('png', 'jpg')[i % 2]}"
+        image.save(folder / row["file_name"])
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """(folder of tiny weights, folder of pictures, diffusers' pipeline)."""
+    pytest.importorskip("diffusers"), pytest.importorskip("safetensors")
+    folder = tmp_path_factory.mktemp("world")
+    pipe = sd_tiny.pipeline("sd1", folder / "weights")
+    write_pictures(folder / "pictures")
+    return folder / "weights", folder / "pictures", pipe
+
+
+def flags(world, out):
+    weights, pictures, _ = world
+    return ["--weights", str(weights), "--data", str(pictures), "--out", str(out), "--resolution", "64", "--bucket-step", "16",
+            "--device", "cpu", "--accumulate", "2", "--rank", "2", "--lr", "0.05", "--sft-lr", "0.05"]
+
+
+def test_latents_are_computed_once(world, tmp_path, monkeypatch):
+    import train_sft
+    parser = argparse.ArgumentParser()
+    train_sft.add_common_arguments(parser), train_sft.add_sft_arguments(parser), finetune.add_arguments(parser)
+    made, encode = [], VAE.encode
+    monkeypatch.setattr(VAE, "encode", lambda self, images: made.append(tuple(images.shape)) or encode(self, images))
+
+    def shapes(*more):
+        made.clear()
+        data, _ = finetune.start(finetune.parse(parser, flags(world, tmp_path)[:-4] + ["--sft-lr", "0.05", *more], finetune.TRAINING))
+        return {tuple(x.shape) for x in data.images}, len(made)
+    first = shapes()
+    assert first == ({(4, 6, 10), (4, 10, 6), (4, 8, 8)}, 12)              # 80 x 48, 48 x 80 and 64 x 64 pixels
+    assert shapes()[1] == 0                                                # all there
+    assert shapes("--resolution", "48")[1] == 12                           # another size
+    assert shapes("--no-cache")[1] == 12
+    picture = next(world[1].glob("0.png"))
+    before = picture.read_bytes()
+    Image.new("RGB", (70, 70), "red").save(picture)
+    assert shapes()[1] == 1                                                # another picture of the same name
+    picture.write_bytes(before)
+    picture.rename(picture.with_suffix(".gone"))
+    with pytest.raises(DataError, match="metadata.jsonl, line 1: .*0.png does not exist"):
+        shapes()
+    picture.with_suffix(".gone").rename(picture)
+
+
+def test_both_stages_end_to_end_and_diffusers_paints_the_same(world, tmp_path, monkeypatch):
+    pytest.importorskip("peft")
+    import sample
+    import train_cpo
+    common = flags(world, tmp_path)
+    monkeypatch.setattr(finetune, "PICTURE_STEPS", 1)
+    line = train_cpo.main(common + ["--sft-steps", "3", "--steps", "6", "--checkpointing", "--sample-every", "6"])
+    assert line["step"] == 6 and line["winner"] > 0 and {"margin", "gap", "lam"} <= line.keys()
+    assert (tmp_path / "samples" / "target_00006.png").is_file() and (tmp_path / "auxiliary.jsonl").is_file()
+    first = json.loads((tmp_path / "target.jsonl").read_text().splitlines()[0])
+    assert first["loss"] == pytest.approx(np.log(2), abs=1e-3)             # target and reference start as one
+    written = (tmp_path / "auxiliary.safetensors").stat().st_mtime_ns
+    train_cpo.main(common + ["--steps", "2", "--name", "again", "--criteria", "Color Relations", "--dtype", "bfloat16"])
+    assert (tmp_path / "auxiliary.safetensors").stat().st_mtime_ns == written          # it was there, and used again
+    train_cpo.main(common + ["--steps", "2", "--name", "other", "--lora", str(tmp_path / "target_kohya.safetensors")])
+    pipe = world[2]
+    for name in ("target.safetensors", "target_kohya.safetensors"):
+        ours = sample.main(["--weights", str(world[0]), "--lora", str(tmp_path / name), "--prompt", "a boat", "--resolution", "64", "--steps", "4",
+                            "--seed", "7", "--device", "cpu", "--out", str(tmp_path / "x.png")])
+        noise = torch.randn(4, 8, 8, generator=torch.Generator().manual_seed(7))[None].double()
+        pipe.load_lora_weights(tmp_path, weight_name=name)
+        theirs = pipe(prompt="a boat", num_inference_steps=4, guidance_scale=7.5, latents=noise, height=64, width=64, output_type="np").images
+        pipe.unload_lora_weights()
+        plain = pipe(prompt="a boat", num_inference_steps=4, guidance_scale=7.5, latents=noise, height=64, width=64, output_type="np").images
+        assert ours.shape == (1, 64, 64, 3) and np.abs(theirs * 255 - ours).max() <= 1 and np.abs(theirs - plain).max() > 0.02
+
+
+def test_an_adapter_of_the_text_encoder(world, tmp_path):
+    # in the names of peft and of kohya: merged for sampling, refused for training, where the three models share the encoder
+    from safetensors.torch import save_file
+    a, b = torch.randn(2, 24), torch.randn(24, 2)
+    layer = "encoder.layers.1.self_attn.q_proj"
+    tensors = {"peft": {f"text_encoder.text_model.{layer}.lora_A.weight": a, f"text_encoder.text_model.{layer}.lora_B.weight": b},
+               "kohya": {f"lora_te_text_model_{layer.replace('.', '_')}.lora_down.weight": a,
+                         f"lora_te_text_model_{layer.replace('.', '_')}.lora_up.weight": b}}
+    args = argparse.Namespace(weights=str(world[0]), config=None, tokenizer=None, variant=None, dtype="float32", prediction=None, resolution=64,
+                              checkpointing=False, device="cpu")
+    for name, state in tensors.items():
+        save_file(state, tmp_path / f"{name}.safetensors")
+        base = finetune.open_base(args)
+        with pytest.raises(ValueError, match="adapts the text encoder too"):
+            finetune.with_lora(base, tmp_path / f"{name}.safetensors")
+        before, context = base.base.parts.encoders[0].get_parameter(f"{layer}.weight").clone(), base.text.tokens(["a boat"])[0]
+        model = finetune.with_lora(base, tmp_path / f"{name}.safetensors", merge_text=True)
+        torch.testing.assert_close(base.base.parts.encoders[0].get_parameter(f"{layer}.weight"), before + b @ a)
+        assert (model.text.tokens(["a boat"])[0] - context).abs().max() > 1e-3
+
+
+def test_flags_that_do_not_go_together(world, tmp_path):
+    import train_cpo
+    import train_sft
+    common = flags(world, tmp_path)
+    for more, words in ((["--dtype", "float16"], "is for sampling"), (["--method", "dpo"], "pairs of pictures"), (["--data", "flawed"], "folder with pictures"),
+                        (["--lora", "nowhere.safetensors"], "nowhere.safetensors: not found")):
+        with pytest.raises(ValueError, match=words):
+            train_cpo.main(common + more)
+    with pytest.raises(ValueError, match="nowhere: not found"):
+        train_sft.main(["--weights", "nowhere"])
