@@ -18,9 +18,10 @@ import torch
 from nanocpo.critic import unmeasured
 from nanocpo.data import to_images
 from nanocpo.diffusion import guide
-from nanocpo.evaluate import evaluate, fingerprint, table
+from nanocpo.evaluate import evaluate, rows_key, table
 from nanocpo.grid import save_grid
 from nanocpo.losses import RULES, cpo_loss, dpo_loss, sft_loss
+from nanocpo.model import whole_file
 from nanocpo.sd import finetune
 from nanocpo.train import add_common_arguments, draw, draw_t, load_data, noised
 from train_sft import add_sft_arguments, attribute_prompts, caption_prompts, ensure_models, run_stage, sft_step
@@ -131,16 +132,21 @@ def best_part(args, data, columns):
     return data.take(np.argsort(badness, kind="stable")[:max(1, round(len(data) * args.best))])
 
 
-def align(args, data, base, auxiliary, watch=None):
-    """Train OUT/NAME.pt from the base model; returns (the aligned model, frozen; the last log line). watch: see run_stage."""
+def method_step(args, data, reference, auxiliary):
+    """The loss of one step of --method, on the training part of the data and the leaves of --criteria."""
     train = data.split("train")
     columns = data.criteria.columns(args.criteria) if args.criteria else list(range(len(data.criteria)))
+    if args.method == "sft":
+        return sft_step(args, best_part(args, train, columns), caption_prompts)
+    if args.method == "dpo":
+        return dpo_step(args, train, reference, columns)
+    return cpo_step(args, train, reference, auxiliary, columns)
+
+
+def align(args, data, base, auxiliary, watch=None):
+    """Train OUT/NAME.pt from the base model; returns (the aligned model, frozen; the last log line). watch: see run_stage."""
     target = base.frozen_copy().requires_grad_(True)                      # its own weights: base stays the reference
-    loss_step = {"cpo": lambda: cpo_step(args, train, base, auxiliary, columns),
-                 "esd": lambda: cpo_step(args, train, base, auxiliary, columns),
-                 "dpo": lambda: dpo_step(args, train, base, columns),
-                 "sft": lambda: sft_step(args, best_part(args, train, columns), caption_prompts)}[args.method]()
-    return run_stage(args, target, loss_step, args.name, args.steps, args.lr, watch=watch)
+    return run_stage(args, target, method_step(args, data, base, auxiliary), args.name, args.steps, args.lr, watch=watch)
 
 
 def align_weights(args):
@@ -148,12 +154,10 @@ def align_weights(args):
     if args.method == "dpo":
         raise ValueError("--method dpo needs pairs of pictures of one shape and caption; with --weights use cpo or sft")
     data, base = finetune.start(args)
-    train, columns = data.split("train"), data.criteria.columns(args.criteria) if args.criteria else list(range(len(data.criteria)))
-    if args.method == "sft":
-        step = sft_step(args, best_part(args, train, columns), caption_prompts)
-    else:
-        step = cpo_step(args, train, base, finetune.ensure_auxiliary(args, base, sft_step(args, train, attribute_prompts)), columns)
-    return finetune.train(args, base, step, args.name, args.steps, args.lr)[1]
+    auxiliary = None
+    if args.method != "sft":
+        auxiliary = finetune.ensure_auxiliary(args, base, sft_step(args, data.split("train"), attribute_prompts))
+    return finetune.train(args, base, method_step(args, data, base, auxiliary), args.name, args.steps, args.lr)[1]
 
 
 def report(args, base, auxiliary, target, seconds):
@@ -162,7 +166,7 @@ def report(args, base, auxiliary, target, seconds):
     models = {"base": (base, "plain"), "auxiliary": (auxiliary, "plain"), "auxiliary_prompted": (auxiliary, "prompted"),
               "auxiliary_guided": (auxiliary, "guided"), args.name: (target, "plain")}
     start, out = time.time(), Path(args.out)
-    key = fingerprint([base, auxiliary], args.samples, args.seed, args.sampling_steps, args.guidance)
+    key = rows_key([base, auxiliary], args.samples, args.seed, args.sampling_steps, args.guidance)
     kept = json.loads((out / "rows.json").read_text()) if (out / "rows.json").exists() else {}
     known = kept["rows"] if kept.get("key") == key else {}
     result, _ = evaluate({name: pair for name, pair in models.items() if name == args.name or name not in known}, base.criteria,
@@ -171,8 +175,8 @@ def report(args, base, auxiliary, target, seconds):
     result["seconds"] = {"training": seconds, "evaluation": time.time() - start}
     stem = "report" if args.name == "target" else f"report_{args.name}"
     for name, content in (("rows", {"key": key, "rows": {n: row for n, row in result["rows"].items() if n != args.name}}), (stem, result)):
-        (out / f"{name}.tmp").write_text(json.dumps(content, indent=1))
-        (out / f"{name}.tmp").replace(out / f"{name}.json")
+        with whole_file(out / f"{name}.json") as temporary:
+            temporary.write_text(json.dumps(content, indent=1))
     labels = [base.captions[i % len(base.captions)] for i in range(min(16, args.samples))]
     prompts = [base.criteria.prompt(caption) for caption in labels]
     images = np.concatenate([to_images(model.sample(prompts, steps=args.sampling_steps, seed=args.seed)) for model in (base, target)])

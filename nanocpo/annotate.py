@@ -12,7 +12,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 from .criteria import Criteria, CriteriaError
-from .data import DataError
+from .data import DataError, folder_criteria
 
 PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp"}
 TEMPLATE = Path(__file__).with_name("annotate.html")
@@ -60,9 +60,8 @@ def main(argv=None):
     parser.add_argument("--tree", help="criteria as JSON; default: criteria.json in the folder, else the embedded tree")
     args = parser.parse_args(argv)
     folder = Path(args.folder)
-    own = folder / "criteria.json"
     try:
-        text = page(folder, Criteria.load(args.tree or own) if args.tree or own.exists() else Criteria.load())
+        text = page(folder, Criteria.load(args.tree) if args.tree else folder_criteria(folder))
     except (DataError, CriteriaError) as error:
         parser.error(str(error))
     (folder / "annotate.html").write_text(text, encoding="utf-8")

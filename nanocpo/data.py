@@ -121,15 +121,19 @@ def from_folder(folder, criteria=None, size=SIZE, skip_bad=False):
     return Paintings(criteria, np.stack(images), list(captions), np.stack(annotations), skipped)
 
 
+def folder_criteria(folder):
+    """The folder's own tree, criteria.json, or the embedded one."""
+    own = Path(folder) / "criteria.json"
+    return Criteria.load(own) if own.exists() else Criteria.load()
+
+
 def read_folder(folder, criteria, picture, skip_bad):
     """The lines of a folder's metadata.jsonl -> (criteria, [(picture(path), caption, annotation)], number of bad lines)."""
     folder = Path(folder)
     listing = folder / "metadata.jsonl"
     if not listing.is_file():
         raise DataError(f"{listing}: not found; write one JSON line a picture: file_name, caption, positive, negative")
-    if criteria is None:
-        own = folder / "criteria.json"
-        criteria = Criteria.load(own) if own.exists() else Criteria.load()
+    criteria = criteria or folder_criteria(folder)
     rows, skipped = [], 0
     for number, line in enumerate(listing.read_bytes().split(b"\n"), 1):
         if not line.strip():

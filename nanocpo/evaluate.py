@@ -5,6 +5,7 @@
 import argparse
 import hashlib
 import json
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ import numpy as np
 from .criteria import Criteria
 from .critic import judge
 from .data import from_painter, to_images
-from .model import load_model
+from .model import fingerprint, load_model
 from .painter import CAPTIONS
 
 
@@ -64,6 +65,7 @@ def measure_row(images, captions, criteria, real=None):
     return row
 
 
+@cache
 def real_positive(criteria, count, seed=0):
     """Held-out paintings with every leaf positive, balanced over the captions: (row, Verdicts). Never trained on."""
     data = from_painter(criteria, count, "positive", seed=10 ** 6 + seed)
@@ -88,14 +90,10 @@ def evaluate(models, criteria, captions=CAPTIONS, samples=512, seed=0, steps=12,
     return {"rows": rows, "real_positive": reference, "samples": samples, "seed": seed, "sampling_steps": steps}, pictures
 
 
-def fingerprint(models, *settings):
+def rows_key(models, *settings):
     """A text that changes with the models' weights, the settings, or any code of this package: when to measure again."""
-    digest = hashlib.sha256(repr(settings).encode())
-    for value in (value for model in models for value in model.state_dict().values()):
-        digest.update(value.cpu().numpy().tobytes())
-    for path in sorted(Path(__file__).parent.glob("*.py")):
-        digest.update(path.read_bytes())
-    return digest.hexdigest()
+    code = b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py")))
+    return hashlib.sha256(repr((fingerprint(*models), settings)).encode() + code).hexdigest()
 
 
 def table(report):

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from .model import whole_file
 from .sd.singlefile import unet_name
 from .sd.weights import WeightsError, read_tensors, safetensors
 
@@ -96,11 +97,8 @@ def save(adapter, path, layout="peft"):
         tensors |= {down.format(flat): a.cpu().contiguous(), up.format(flat): b.cpu().contiguous()}
         if layout == "kohya":
             tensors[f"lora_unet_{flat}.alpha"] = torch.tensor(float(len(a)))          # alpha = rank: the scale is in B already
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    safetensors().save_file(tensors, temporary)
-    temporary.replace(path)
+    with whole_file(path) as temporary:
+        safetensors().save_file(tensors, temporary)
 
 
 def load(path, networks):

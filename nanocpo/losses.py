@@ -15,9 +15,9 @@ import torch.nn.functional as F
 RULES = ("none", "winner", "constant", "safeguard", "balance", "clamped")
 
 
-def _wide(*tensors):
+def wide(x):
     """Half precision to float32; float32 and float64 stay."""
-    return [x if x.dtype == torch.float64 else x.float() for x in tensors]
+    return x if x.dtype == torch.float64 else x.float()
 
 
 def _dot(a, b):
@@ -38,7 +38,7 @@ def _change(eps, eps_ref, goal):
 
 def sft_loss(eps, goal):
     """Stage 1: mean squared error of the prediction, both (B, C, H, W) (2006.11239, equation 14)."""
-    eps, goal = _wide(eps, goal)
+    eps, goal = wide(eps), wide(goal)
     loss = _error(eps, goal)
     return loss.mean(), {"loss": loss.detach()}
 
@@ -88,8 +88,8 @@ def dpo_loss(eps_win, ref_win, goal_win, eps_lose, ref_lose, goal_lose, beta=200
 
     eps_*: the target's predictions at the two noised pictures, ref_*: the reference's, goal_*: the noise (or velocity) that was
     added; all (B, C, H, W). stabilizer "safeguard" makes it SDPO (2511.03317)."""
-    eps_win, eps_lose = _wide(eps_win, eps_lose)
-    ref_win, goal_win, ref_lose, goal_lose = (x.detach() for x in _wide(ref_win, goal_win, ref_lose, goal_lose))
+    eps_win, eps_lose = wide(eps_win), wide(eps_lose)
+    ref_win, goal_win, ref_lose, goal_lose = (wide(x.detach()) for x in (ref_win, goal_win, ref_lose, goal_lose))
     lam = restraint(stabilizer, (eps_win - goal_win).detach(), (eps_lose - goal_lose).detach(), strength)
     loss, logs = preference_loss(_change(eps_win, ref_win, goal_win), _change(eps_lose, ref_lose, goal_lose), beta, lam)
     return loss, logs | _errors(eps_win, ref_win, goal_win, eps_lose, ref_lose, goal_lose)
@@ -110,7 +110,7 @@ def cpo_loss(eps, eps_ref, z_win, z_lose, beta=None, stabilizer="constant", stre
     Both targets share x_t, so u = beta <z_win - z_lose, eps - eps_ref> (E9).
     beta None takes 4 / |z_win - z_lose|^2 per sample (ours; E16): then u = 4 where eps has gone the whole way from z_lose to z_win,
     whatever the timestep. A sample with z_win = z_lose says nothing and is masked out."""
-    eps, eps_ref, z_win, z_lose = _wide(eps, eps_ref.detach(), z_win.detach(), z_lose.detach())
+    eps, eps_ref, z_win, z_lose = map(wide, (eps, eps_ref.detach(), z_win.detach(), z_lose.detach()))
     gap = _error(z_win, z_lose)
     valid = gap > 0
     if beta is None:

@@ -1,6 +1,8 @@
 """One model: latents, prompt encoder, UNet and diffusion together, and its file. Base, auxiliary and target are all this class."""
 import copy
+import hashlib
 import os
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
@@ -98,16 +100,32 @@ class Model(nn.Module):
         return torch.cat(out)
 
 
-def save_atomic(path, content):
-    """torch.save to a temporary file beside `path`, then rename: a killed run never leaves half a checkpoint."""
+@contextmanager
+def whole_file(path):
+    """Gives the name of a temporary file beside `path` to write, and renames it when the block ends well: never half a file."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        torch.save(content, file)
-        file.flush()
+    yield temporary
+    with open(temporary, "rb+") as file:
         os.fsync(file.fileno())
     os.replace(temporary, path)
+
+
+def save_atomic(path, content):
+    """torch.save, whole or not at all: a killed run never leaves half a checkpoint."""
+    with whole_file(path) as temporary:
+        torch.save(content, temporary)
+
+
+def fingerprint(*modules):
+    """A digest of all weights and their type: when it is the same, so is what the models make."""
+    digest = hashlib.sha256()
+    for module in modules:
+        for name, p in module.state_dict().items():
+            digest.update(f"{name} {tuple(p.shape)} {p.dtype}".encode())
+            digest.update(p.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def load_checkpoint(path, device="cpu"):

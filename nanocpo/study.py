@@ -29,7 +29,7 @@ from train_sft import add_sft_arguments, ensure_models, train_auxiliary
 from .evaluate import evaluate
 from .grid import save_grid
 from .losses import RULES
-from .model import load_model
+from .model import load_model, whole_file
 from .muon import Muon
 from .plots import bar_chart, line_chart, matrix_chart
 from .train import BINS, add_common_arguments, finished, load_data, pick_device, summarize
@@ -131,11 +131,12 @@ class Lab:
         path.parent.mkdir(parents=True, exist_ok=True)
         start = time.time()
         result = {"key": key, "settings": self.settings(run)} | KINDS[kind](self, args) | {"wall": round(time.time() - start, 1)}
-        path.with_suffix(".tmp").write_text(json.dumps(result, indent=1), encoding="utf-8")
-        os.replace(path.with_suffix(".tmp"), path)
+        with whole_file(path) as temporary:
+            temporary.write_text(json.dumps(result, indent=1), encoding="utf-8")
 
 
 def make_in_process(args, run):
+    """One run in a process of its own, which loads data and models for itself."""
     Lab(args).make(run)
 
 

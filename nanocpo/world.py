@@ -117,8 +117,8 @@ def draw_paths(sheet, world, left, top, width):
             sheet.dot(*points[-1], 4, COLOURS[i])
         y = top + 48 + 24 * i
         sheet.line([(left + width - 166, y), (left + width - 142, y)], COLOURS[i], 3)
-        sheet.text(left + width - 134, y, {"none": "none: for ever", "winner": "winner only", "constant": f"constant, k = {K:g}",
-                                           "safeguard": "safeguard", "balance": "balance", "clamped": "clamped"}[rule], 13, "lm")
+        sheet.text(left + width - 134, y, {"none": "none: for ever", "winner": "winner only",
+                                           "constant": f"constant, k = {K:g}"}.get(rule, rule), 13, "lm")
     for point, name, dx, dy in ((z_lose, "z_l", -6, 12), (z_win, "z_w", -4, 14), (eps_ref, "eps_ref", -8, -24),
                                 (z_win + K / (1 - K) * d, f"z_w + {K / (1 - K):g} d", -14, 14)):
         x, y = at(point)

@@ -14,7 +14,8 @@ from nanocpo.data import DataError, from_painter
 from nanocpo.sd import finetune
 from nanocpo.sd.clip import CLIP, CLIPConfig
 from nanocpo.sd.finetune import LatentPaintings, accumulated, buckets, nearest
-from nanocpo.sd.model import Base, Cache, SDModel, fingerprint, fitted
+from nanocpo.model import fingerprint
+from nanocpo.sd.model import Base, Cache, SDModel, fitted
 from nanocpo.sd.tokenizer import Tokenizer
 from nanocpo.sd.vae import VAE, VAEConfig
 from nanocpo.sd.weights import Parts, diffusion_config

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from sd_tiny import perturb
+
 from nanocpo.unet import GEGLU, Attention, UNet, UNetConfig, sinusoid
 
 SD15 = UNetConfig(in_channels=4, out_channels=4, channels=(320, 640, 1280, 1280), depth=(1, 1, 1, 0), heads=(8, 8, 8, 8),
@@ -48,16 +50,6 @@ def squeezed(name, tensor):
 
 def randn(*shape, seed):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def perturb(model, seed=1):
-    """Norms start at 1 and 0, where swapped ones would not show."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for p in model.parameters():
-            if p.dim() == 1:
-                p += 0.2 * torch.randn(p.shape, generator=generator, dtype=p.dtype)
-    return model
 
 
 @pytest.fixture(scope="module", params=TOPOLOGIES)

@@ -17,8 +17,9 @@ from .. import lora
 from ..criteria import Criteria, Prompt
 from ..data import Batch, Paintings, open_picture, read_folder, to_images, to_tensor
 from ..grid import save_grid
+from ..model import fingerprint
 from ..train import Recipe, finished, fit, pick_device
-from .model import Base, Cache, SDModel, fingerprint
+from .model import Base, Cache, SDModel
 from .weights import WeightsError, load_parts
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -12,8 +12,8 @@ from torch.utils.checkpoint import checkpoint
 from ..criteria import Prompt
 from ..diffusion import guide
 from ..lora import LoRA
-from ..model import save_atomic
-from .vae import wide
+from ..losses import wide
+from ..model import fingerprint, save_atomic
 
 
 class Cache:
@@ -33,16 +33,6 @@ class Cache:
             value = make()
             save_atomic(path, value)
             return value
-
-
-def fingerprint(*modules):
-    """A digest of all weights and their type: the part of a cache's key that changes with them."""
-    digest = hashlib.sha256()
-    for module in modules:
-        for name, p in module.state_dict().items():
-            digest.update(f"{name} {tuple(p.shape)} {p.dtype}".encode())
-            digest.update(p.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()
 
 
 def fitted(prompt, tokenizer):

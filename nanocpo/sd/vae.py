@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
 
+from ..losses import wide
 from ..unet import Downsample, ResBlock, Upsample
 
 EPS = 1e-6
@@ -132,8 +133,3 @@ class VAE(nn.Module):
         """Scaled latents -> pictures, roughly in [-1, 1]."""
         latents = latents.to(self.post_quant_conv.weight) / self.config.scale
         return wide(self.decoder(self.post_quant_conv(latents)))
-
-
-def wide(x):
-    """Half precision to float32; float32 and float64 stay."""
-    return x if x.dtype == torch.float64 else x.float()
