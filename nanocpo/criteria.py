@@ -88,6 +88,9 @@ class Criteria:
             return {"name": node.name, "children": [dump(child) for child in node.children]}
         return dump(self.tree)
 
+    def __deepcopy__(self, memo):
+        return self                                               # nothing changes a tree: copies of a model share it
+
     def __len__(self):
         return len(self.leaves)
 

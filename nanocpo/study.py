@@ -5,37 +5,22 @@
     python -m nanocpo.study methods --data mixed --out out_mixed  # the other data regime
     python -m nanocpo.study speed | decoupling | annotation | gap | guidance
 
-Each run leaves OUT/study/NAME/KEY.json (and a grid of pictures beside it) and is never repeated; the tables and charts in docs/results
-are drawn from these files. Base, auxiliary and data are those of --seed; a *run* has its own training and sampling seed. Settings are
+A study is a list of runs (nanocpo/lab.py) and a table, a chart and a JSON file made of their results, in docs/results. Settings are
 chosen on the validation seed, by the rule in `choose`, and measured on fresh seeds; intervals are 95 % over seeds (Student's t).
 """
 import argparse
 import json
-import math
-import multiprocessing
-import os
-import time
-from dataclasses import replace
-from functools import cached_property
 from pathlib import Path
 
 import numpy as np
-import torch
-from torch import nn
 
-from train_cpo import add_cpo_arguments, align, cpo_step
-from train_sft import add_sft_arguments, ensure_models, train_auxiliary
+from train_cpo import add_cpo_arguments
+from train_sft import add_sft_arguments
 
-from .evaluate import evaluate
-from .grid import save_grid
+from .lab import OPTIMIZERS, STRENGTH, Lab
 from .losses import RULES
-from .model import load_model, whole_file
-from .muon import Muon
 from .plots import bar_chart, line_chart, matrix_chart
-from .train import BINS, add_common_arguments, finished, load_data, pick_device, summarize
-
-# One strength a rule, where nothing is searched.
-STRENGTH = {"none": 1.0, "winner": 0.0, "constant": 0.55, "safeguard": 0.2, "balance": 0.85, "clamped": 0.85}
+from .train import BINS, add_common_arguments
 
 # Every method's search: three settings. The first is our default, then another learning rate, then another value of its own knob.
 DPO_SETTINGS = [dict(lr=3e-4, beta=200.0), dict(lr=1e-4, beta=200.0), dict(lr=3e-4, beta=1000.0)]
@@ -63,219 +48,6 @@ LEVELS = {                                    # of the annotation study: shares 
     "5 % wrong": (0.9, 0.05), "10 % wrong": (0.9, 0.1), "20 % wrong": (0.9, 0.2)}
 COLUMNS, HEADER = (("neg", 2), ("caption", 3), ("diversity", 3), ("frechet", 1)), ("#A_neg", "caption", "diversity", "Fréchet")
 GUIDANCE = (1.0, 1.5, 2.0, 3.0, 4.0)
-
-
-# --------------------------------------------------------------------------------------------------------------- runs
-
-class Lab:
-    """The data and models of one --out folder, loaded when first needed, and the runs made with them."""
-
-    def __init__(self, args):
-        self.args = args
-
-    @cached_property
-    def data(self):
-        return load_data(self.args)
-
-    @cached_property
-    def models(self):
-        base, auxiliary = ensure_models(self.args, self.data)
-        return {"base": base, "auxiliary": auxiliary}
-
-    def degraded(self, judged, wrong):
-        """(data, auxiliary) as if experts had judged only this share of the leaves, and this share of verdicts were wrong."""
-        folder = Path(self.args.out) / "study" / f"auxiliary_{judged}_{wrong}"
-        data = degrade(self.data, judged, wrong, self.args.seed)
-        if not finished(folder / "auxiliary.pt"):
-            train_auxiliary(changed(self.args, out=str(folder), sample_every=0, resume=True), data, self.models["base"])
-        return data, load_model(folder / "auxiliary.pt", pick_device(self.args.device))
-
-    def run(self, runs):
-        """[(key, kind, overrides of the flags)], independent of one another -> their results, made where no file has them yet.
-
-        With --jobs over 1 they are shared among processes. A file made with other settings is an error, not a result."""
-        missing = [run for run in runs if not self.path(run[0]).exists()]
-        for number, run in enumerate(missing if self.args.jobs == 1 else [], 1):
-            print(f"{self.args.study}: run {number} of {len(missing)}, {run[0]}", flush=True)
-            self.make(run)
-        if missing and self.args.jobs > 1:
-            os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // self.args.jobs))          # of the new processes
-            self.models                                            # train what is missing once, before they start
-            with multiprocessing.get_context("spawn").Pool(self.args.jobs) as pool:
-                pool.starmap(make_in_process, [(self.args, run) for run in missing], chunksize=1)
-        return [self.read(run) for run in runs]
-
-    def path(self, key):
-        return Path(self.args.out) / "study" / self.args.study / f"{key}.json"
-
-    def settings(self, run):
-        """All that decides a run's result, to tell whether a file still answers the question."""
-        flags = vars(changed(self.args, **run[2]))
-        unrelated = {"study", "out", "results", "jobs", "seeds", "validation", "only", "resume", "save_every", "sample_every", "device",
-                     "name", "search_samples", "curve_samples", "batches", "step_size", "world_steps"} - set(run[2])
-        return {"kind": run[1]} | {k: v for k, v in sorted(flags.items()) if k not in unrelated}
-
-    def read(self, run):
-        result = json.loads(self.path(run[0]).read_text(encoding="utf-8"))
-        if result["settings"] != json.loads(json.dumps(self.settings(run))):
-            different = [k for k, v in self.settings(run).items() if result["settings"].get(k) != v]
-            raise ValueError(f"{self.path(run[0])} was made with other settings ({', '.join(different)}); delete it or choose "
-                             "another --out")
-        return result
-
-    def make(self, run):
-        """Do one run and write its file, whole or not at all."""
-        key, kind, overrides = run
-        path = self.path(key)
-        args = changed(self.args, **overrides, out=str(path.parent), name=key, resume=True, sample_every=0)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        start = time.time()
-        result = {"key": key, "settings": self.settings(run)} | KINDS[kind](self, args) | {"wall": round(time.time() - start, 1)}
-        with whole_file(path) as temporary:
-            temporary.write_text(json.dumps(result, indent=1), encoding="utf-8")
-
-
-def make_in_process(args, run):
-    """One run in a process of its own, which loads data and models for itself."""
-    Lab(args).make(run)
-
-
-def changed(args, **overrides):
-    """The flags with some of them replaced."""
-    return argparse.Namespace(**(vars(args) | overrides))
-
-
-def measured(lab, args, model, kind="plain"):
-    """The report's row for a model, and a grid of its first pictures beside the run's file."""
-    base = lab.models["base"]
-    report, pictures = evaluate({"row": (model, kind)}, base.criteria, base.captions, args.samples, args.seed, args.sampling_steps,
-                                args.guidance)
-    save_grid(Path(args.out) / f"{args.name}.png", pictures["row"][:16], columns=8, zoom=3)
-    return report["rows"]["row"] | {"real_diversity": report["real_positive"]["diversity"]}
-
-
-def sample_run(lab, args):
-    """A row without training: base or auxiliary, asked in one of evaluate's ways."""
-    return {"row": measured(lab, args, lab.models[args.model], args.prompt), "seconds": 0, "images": 0}
-
-
-def align_run(lab, args):
-    """Stage 2, then its row. Images seen: a pair of Diffusion-DPO is two."""
-    data, auxiliary = lab.data, lab.models["auxiliary"]
-    if "judged" in args:
-        data, auxiliary = lab.degraded(args.judged, args.wrong)
-    start = time.time()
-    target, line = align(args, data, lab.models["base"], auxiliary)
-    seconds = time.time() - start
-    checkpoint = Path(args.out) / f"{args.name}.pt"
-    result = {"row": measured(lab, args, target), "seconds": round(seconds, 1),
-              "images": args.steps * args.batch * (2 if args.method == "dpo" else 1),
-              "log": {k: v for k, v in line.items() if k != "per_t"}}
-    checkpoint.unlink()                                           # the numbers and the pictures stay, tens of megabytes do not
-    return result
-
-
-def curve_run(lab, args):
-    """Stage 2, measured every args.every steps."""
-    curve, start, spent = [], time.time(), 0.0
-
-    def watch(average, step):
-        nonlocal spent
-        now = time.time()
-        row = measured(lab, args, average)
-        curve.append({"step": step, "seconds": round(now - start - spent, 1)} | {key: row[key] for key, _ in COLUMNS})
-        spent += time.time() - now                                # measuring is not training
-    align(changed(args, sample_every=args.every), lab.data, lab.models["base"], lab.models["auxiliary"], watch)
-    (Path(args.out) / f"{args.name}.pt").unlink()
-    return {"curve": curve}
-
-
-def auxiliary_run(lab, args):
-    """Stage 1 with degraded annotations, so that later runs of this level find it."""
-    start = time.time()
-    lab.degraded(args.judged, args.wrong)
-    return {"seconds": round(time.time() - start, 1)}
-
-
-def degrade(data, judged, wrong, seed=0):
-    """Paintings of which only this share of all leaves is judged, and this share of the verdicts says the opposite (ours)."""
-    rng = np.random.default_rng((seed, 7))
-    now = float((data.annotations != 0).mean())
-    if judged > now + 0.02:
-        raise ValueError(f"only {now:.2f} of the leaves are judged in this data, not {judged}")
-    keep, flip = rng.random(data.annotations.shape) * now < judged, rng.random(data.annotations.shape) < wrong
-    return replace(data, annotations=(np.where(keep, data.annotations, 0) * np.where(flip, -1, 1)).astype(np.int8))
-
-
-class FreeOutputs(nn.Module):
-    """Stands in for a model as if every output were a parameter of its own: it answers first as the model does, and what an
-    optimizer then moves is the answer. On it the guarantees of docs/derivation.md must hold for every sample."""
-
-    def __init__(self, model):
-        super().__init__()
-        self.model = (model,)                                     # in a tuple, so that its weights are not parameters of this
-        self.device, self.latents, self.diffusion = model.device, model.latents, model.diffusion
-
-    @property
-    def text(self):
-        return self.model[0].text
-
-    def forward(self, xt, t, prompts):
-        if not hasattr(self, "answer"):
-            self.answer = nn.Parameter(self.model[0](xt, t, prompts).detach().clone())
-        return self.answer
-
-
-def gap_run(lab, args):
-    """The gap per timestep bin for the three kinds of prompt pairs, and what one optimizer step does to the errors of its own batch."""
-    base, auxiliary = lab.models["base"], lab.models["auxiliary"]
-    train, leaves = lab.data.split("train"), list(range(len(lab.data.criteria)))
-    gaps = {}
-    for pairs in ("own", "completed", "opposite"):
-        step, window = cpo_step(changed(args, pairs=pairs, lean=1.0), train, base, auxiliary, leaves), []
-        with torch.no_grad():
-            for seed in range(args.batches):
-                _, logs, t = step(base, torch.Generator().manual_seed(seed))
-                window.append((t.cpu(), {"gap": logs["gap"].cpu(), "valid": logs["valid"].cpu()}))
-        gaps[pairs] = summarize(window, base.diffusion.steps)["per_t"]["gap"]
-    table = []
-    for rule in RULES:
-        flags = changed(args, stabilizer=rule, strength=1.0 if rule in ("balance", "clamped") else STRENGTH[rule])
-        aligned, _ = align(changed(flags, name=f"gap_{rule}"), lab.data, base, auxiliary)
-        (Path(args.out) / f"gap_{rule}.pt").unlink()
-        step = cpo_step(flags, train, base, auxiliary, leaves)
-        for place, model in (("at the base", base), (f"after {args.steps} steps", aligned)):
-            for optimizer in ("free outputs", "SGD", "Adam", "Muon"):
-                table.append({"rule": rule, "place": place, "optimizer": optimizer}
-                             | step_effect(step, model, optimizer, args.step_size, args.batches, seed=10 ** 6))
-    return {"gaps": gaps, "effects": table}
-
-
-def step_effect(step, model, optimizer, size, batches, seed):
-    """Share of samples whose winner's error rose, and whose loser's error fell, when one step was taken on their batch. The step is
-    shortened or stretched to `size` times the norm of the weights (of the outputs), so that optimizers are compared in direction only."""
-    rose, fell, count = 0, 0, 0
-    for i in range(batches):
-        moving = FreeOutputs(model) if optimizer == "free outputs" else model.frozen_copy().requires_grad_(True)
-        generator = lambda: torch.Generator().manual_seed(seed + i)
-        loss, before, _ = step(moving, generator())
-        loss.backward()
-        old = [p.detach().clone() for p in moving.parameters()]
-        {"free outputs": lambda: torch.optim.SGD(moving.parameters(), 1.0), "SGD": lambda: torch.optim.SGD(moving.parameters(), 1.0),
-         "Adam": lambda: torch.optim.Adam(moving.parameters(), 1e-3), "Muon": lambda: Muon(moving, 1e-3, 0.0)}[optimizer]().step()
-        with torch.no_grad():
-            norm = lambda tensors: sum(float(x.square().sum()) for x in tensors) ** 0.5
-            factor = size * norm(old) / max(norm([p - o for p, o in zip(moving.parameters(), old)]), 1e-12)
-            for p, o in zip(moving.parameters(), old):
-                p.copy_(o + factor * (p - o))
-            after = step(moving, generator())[1]
-        rose += (after["winner"] > before["winner"] * (1 + 1e-6))[before["valid"]].sum().item()          # by more than rounding
-        fell += (after["loser"] < before["loser"] * (1 - 1e-6))[before["valid"]].sum().item()
-        count += int(before["valid"].sum())
-    return {"winner rose": rose / count, "loser fell": fell / count, "samples": count}
-
-
-KINDS = {"sample": sample_run, "align": align_run, "curve": curve_run, "auxiliary": auxiliary_run, "gap": gap_run}
 
 
 # ---------------------------------------------------------------------------------------------------- numbers and text
@@ -485,9 +257,8 @@ def gap(lab):
     text = markdown(["pairs", *(f"t {b}" for b in bins)], [[pairs, *map(shown, values)] for pairs, values in result["gaps"].items()])
     places = list(dict.fromkeys(e["place"] for e in result["effects"]))
     effects = {(e["rule"], e["place"], e["optimizer"]): e for e in result["effects"]}
-    optimizers = ("free outputs", "SGD", "Adam", "Muon")
     cell = lambda effect: f"{100 * effect['winner rose']:.0f} / {100 * effect['loser fell']:.0f}"
-    table = markdown(["rule", "from", *optimizers], [[rule, place, *(cell(effects[rule, place, o]) for o in optimizers)]
+    table = markdown(["rule", "from", *OPTIMIZERS], [[rule, place, *(cell(effects[rule, place, o]) for o in OPTIMIZERS)]
                                                      for rule in RULES for place in places])
     stem = publish(args, result, "mean(d²), the gap of the auxiliary's two predictions (of v):", text,
                    f"Per cent of samples whose winner's error rose / loser's error fell after one step on their batch, of relative length "
