@@ -22,22 +22,31 @@ from .losses import RULES
 from .plots import bar_chart, line_chart, matrix_chart
 from .train import BINS, add_common_arguments
 
-# Every method's search: three settings. The first is our default, then another learning rate, then another value of its own knob.
-DPO_SETTINGS = [dict(lr=3e-4, beta=200.0), dict(lr=1e-4, beta=200.0), dict(lr=3e-4, beta=1000.0)]
-STRENGTH_SETTINGS = lambda first, other: [dict(lr=6e-4, strength=first), dict(lr=3e-4, strength=first), dict(lr=6e-4, strength=other)]
+# Every method's search: four settings. A first guess, another learning rate, another value of the method's own knob; and a fourth
+# where the best of these three lay at an edge.
+DPO_SETTINGS = [dict(lr=3e-4, beta=200.0), dict(lr=1e-4, beta=200.0), dict(lr=3e-4, beta=1000.0), dict(lr=5e-5, beta=200.0)]
+
+
+def _strengths(first, other, fourth):
+    return [dict(lr=6e-4, strength=first), dict(lr=3e-4, strength=first), dict(lr=6e-4, strength=other), dict(lr=6e-4, strength=fourth)]
+
+
 METHODS = {
-    "SFT on the best": (dict(method="sft"), [dict(lr=6e-4, best=0.1), dict(lr=1.2e-3, best=0.1), dict(lr=6e-4, best=0.03)]),
+    "SFT on the best": (dict(method="sft"), [dict(lr=6e-4, best=0.1), dict(lr=1.2e-3, best=0.1), dict(lr=6e-4, best=0.03),
+                                                 dict(lr=2e-4, best=0.1)]),
     "Diffusion-DPO": (dict(method="dpo", stabilizer="none"), DPO_SETTINGS),
     "Diffusion-DPO, safeguard": (dict(method="dpo", stabilizer="safeguard", strength=0.2), DPO_SETTINGS),
-    "guided target (ESD)": (dict(method="esd"), STRENGTH_SETTINGS(0.55, 0.7)),
-    "CPO none": (dict(stabilizer="none"), [dict(lr=6e-4), dict(lr=2e-4), dict(lr=6e-4, beta=100.0)]),
-    "CPO winner": (dict(stabilizer="winner"), [dict(lr=6e-4), dict(lr=3e-4), dict(lr=1.2e-3)]),
-    "CPO constant": (dict(stabilizer="constant"), STRENGTH_SETTINGS(0.55, 0.7)),
-    "CPO safeguard": (dict(stabilizer="safeguard"), STRENGTH_SETTINGS(0.2, 0.6)),
-    "CPO balance": (dict(stabilizer="balance"), STRENGTH_SETTINGS(0.85, 0.6)),
-    "CPO clamped": (dict(stabilizer="clamped"), STRENGTH_SETTINGS(0.85, 0.6)),
+    "guided target (ESD)": (dict(method="esd"), _strengths(0.55, 0.7, 0.4)),
+    "CPO none": (dict(stabilizer="none"), [dict(lr=6e-4), dict(lr=2e-4), dict(lr=6e-4, beta=100.0), dict(lr=5e-5)]),
+    "CPO winner": (dict(stabilizer="winner"), [dict(lr=6e-4), dict(lr=3e-4), dict(lr=1.2e-3), dict(lr=2.4e-3)]),
+    "CPO constant": (dict(stabilizer="constant"), _strengths(0.55, 0.7, 0.4)),
+    "CPO safeguard": (dict(stabilizer="safeguard"), _strengths(0.2, 0.6, 0.4)),
+    "CPO balance": (dict(stabilizer="balance"), _strengths(0.85, 0.6, 0.7)),
+    "CPO clamped": (dict(stabilizer="clamped"), _strengths(0.85, 0.6, 0.7)),
 }
 SAMPLERS = {"base": ("base", "plain"), "auxiliary prompted": ("auxiliary", "prompted"), "auxiliary guided": ("auxiliary", "guided")}
+SPEED = {rule: dict(stabilizer=rule, strength=STRENGTH[rule]) for rule in RULES}
+SPEED["none, slower"] = dict(stabilizer="none", lr=5e-5)          # the rate at which vanilla does best (study methods)
 VARIANTS = {                                  # of the decoupling study: what may keep the other branches still
     "constant 0.55": dict(strength=0.55), "constant 0.3": dict(strength=0.3), "winner": dict(stabilizer="winner"),
     "anchored 0": dict(anchor="reference", strength=0.0), "anchored 0.3": dict(anchor="reference", strength=0.3),
@@ -130,7 +139,7 @@ def methods(lab):
               round(np.mean([r["seconds"] for r in results[name]])), results[name][0]["images"],
               ", ".join(f"{k} {v:g}" for k, v in best.get(name, {}).items())] for name in results]
     text = markdown(["row", "#A_pos", *HEADER, "seconds", "pictures seen", "chosen"], table)
-    searched = markdown(["row", *(f"setting {i + 1}" for i in range(3))],
+    searched = markdown(["row", *(f"setting {i + 1}" for i in range(4))],
                         [[name, *(f"{done[key]['row']['neg']:.2f} / {done[key]['row']['caption']:.3f} ("
                                   + ", ".join(f"{k} {v:g}" for k, v in setting.items()) + ")"
                                   for (key, _, _), setting in zip(runs, rows[name][1]))] for name, runs in tries.items()])
@@ -160,38 +169,41 @@ def steps_to(curve, level, captions=None):
 
 def speed(lab):
     """#A_neg against optimizer steps, rule by rule; steps to fixed levels, and how many times fewer than vanilla's."""
-    args, rules = lab.args, [rule for rule in RULES if not lab.args.only or rule in lab.args.only]
-    every = max(1, args.steps // 9)
-    runs = [(f"{rule}_{seed}", "curve", dict(stabilizer=rule, strength=STRENGTH[rule], seed=seed, every=every, samples=args.curve_samples))
-            for rule in rules for seed in args.seeds]
+    args, rows = lab.args, chosen_rows(lab.args, SPEED)
+    every = max(1, args.steps // 6)
+    runs = [(f"{slug(name)}_{seed}", "curve", flags | dict(seed=seed, every=every, samples=args.curve_samples))
+            for name, flags in rows.items() for seed in args.seeds]
     starts = [(f"base_{seed}", "sample", dict(model="base", prompt="plain", seed=seed, samples=args.curve_samples)) for seed in args.seeds]
-    results, bases = lab.run(runs), lab.run(starts)
+    found, bases = iter(lab.run(runs)), lab.run(starts)
     start = {key: float(np.mean([b["row"][key] for b in bases])) for key in ("neg", "caption", "frechet")}
-    curves = {rule: [[{"step": 0, **start}, *results[rules.index(rule) * len(args.seeds) + i]["curve"]] for i in range(len(args.seeds))]
-              for rule in rules}
+    curves = {name: [[{"step": 0, **start}, *next(found)["curve"]] for _ in args.seeds] for name in rows}
     levels = [round(share * start["neg"], 2) for share in (0.8, 0.6, 0.5, 0.4)]
-    reached = {(rule, level, careful): [steps_to(c, level, start["caption"] - 0.02 if careful else None) for c in curves[rule]]
-               for rule in rules for level in levels for careful in (False, True)}
 
-    def cell(rule, level, careful):
-        steps = reached[rule, level, careful]
+    def reached(name, level, careful):
+        """Steps to the level, a number a seed; None where it is not reached."""
+        return [steps_to(curve, level, start["caption"] - 0.02 if careful else None) for curve in curves[name]]
+
+    def cell(name, level, careful):
+        steps = reached(name, level, careful)
         if None in steps:
-            return f"not in {len([s for s in steps if s is None])} of {len(steps)} seeds"
-        vanilla = reached.get(("none", level, careful), [None])
-        ratio = f" ({np.mean(vanilla) / np.mean(steps):.1f}x)" if None not in vanilla and rule != "none" else ""
+            return f"not in {steps.count(None)} of {len(steps)} seeds"
+        vanilla = [np.mean(other) for n in curves if SPEED[n]["stabilizer"] == "none" and None not in (other := reached(n, level, careful))]
+        ratio = f" ({min(vanilla) / np.mean(steps):.1f}x)" if vanilla and SPEED[name]["stabilizer"] != "none" else ""
         return written(steps, 0) + ratio
+    ends = (("neg", 2), ("caption", 3), ("frechet", 1))
     tables = [markdown(["rule", *(f"#A_neg {level}" for level in levels), "last: #A_neg", "caption", "Fréchet"],
-                       [[rule, *(cell(rule, level, careful) for level in levels),
-                         *(written([c[-1][key] for c in curves[rule]], d) for key, d in (("neg", 2), ("caption", 3), ("frechet", 1)))]
-                        for rule in rules]) for careful in (False, True)]
-    strengths = ", ".join(f"{rule} {STRENGTH[rule]:g}" for rule in rules)
-    stem = publish(args, {"curves": curves, "levels": levels}, f"Steps to a level of #A_neg (base {start['neg']:.2f}); in brackets, "
-                   f"vanilla's steps over these. Learning rate {args.lr:g}, strengths {strengths}.", tables[0],
+                       [[name, *(cell(name, level, careful) for level in levels),
+                         *(written([curve[-1][key] for curve in curves[name]], digits) for key, digits in ends)]
+                        for name in curves]) for careful in (False, True)]
+    settings = "; ".join(f"{name}: {', '.join(f'{k} {v}' for k, v in flags.items() if k != 'stabilizer')}" for name, flags in rows.items())
+    stem = publish(args, {"curves": curves, "levels": levels}, f"Steps to a level of #A_neg (base {start['neg']:.2f}); in brackets, how "
+                   f"many times fewer than the faster vanilla's. Learning rate {args.lr:g} where none is named ({settings}); "
+                   f"{args.curve_samples} pictures a point.", tables[0],
                    "The same, but a level counts only while the caption accuracy is at most 0.02 below the base's:", tables[1])
     lines = {}
-    for rule in rules:
-        means = [over_seeds([c[i]["neg"] for c in curves[rule]]) for i in range(len(curves[rule][0]))]
-        lines[rule] = [p["step"] for p in curves[rule][0]], [m for m, _ in means], [h for _, h in means]
+    for name, seeds in curves.items():
+        means = [over_seeds([curve[i]["neg"] for curve in seeds]) for i in range(len(seeds[0]))]
+        lines[name] = [p["step"] for p in seeds[0]], [m for m, _ in means], [h for _, h in means]
     line_chart(f"{stem}.png", lines, "Negative attributes against optimizer steps", "optimizer steps", "#A_neg")
 
 
@@ -318,7 +330,7 @@ def main(argv=None):
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="training and sampling seeds that are reported")
     parser.add_argument("--validation", type=int, default=101, help="the seed on which settings are chosen")
     parser.add_argument("--search-samples", type=int, default=256, help="pictures a row of the search")
-    parser.add_argument("--curve-samples", type=int, default=128, help="pictures a point of the curves of `speed`")
+    parser.add_argument("--curve-samples", type=int, default=256, help="pictures a point of the curves of `speed`")
     parser.add_argument("--batches", type=int, default=8, help="batches that `gap` looks at")
     parser.add_argument("--step-size", type=float, default=3e-4, help="relative length of the one step that `gap` takes")
     parser.add_argument("--world-steps", type=int, default=1500, help="training steps of the tiny network of `world`")

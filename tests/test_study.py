@@ -47,7 +47,7 @@ def test_methods_searches_then_measures_and_is_never_repeated(out, monkeypatch, 
     assert dpo["images"] == cpo["images"] == 8 and dpo["settings"]["batch"] == 2 and dpo["settings"]["seed"] == 1
     chosen = summary["chosen"]["CPO constant"]
     assert chosen in study.METHODS["CPO constant"][1] and cpo["settings"]["lr"] == chosen["lr"]
-    assert "| CPO constant |" in text and " ± " in text and "setting 3" in text
+    assert "| CPO constant |" in text and " ± " in text and "setting 4" in text
     assert not list((out / "study" / "methods").glob("*.pt")) and list((out / "study" / "methods").glob("CPO_constant_1.png"))
     monkeypatch.setitem(lab.KINDS, "align", lambda lab, args: pytest.fail("a finished run was repeated"))
     monkeypatch.setitem(lab.KINDS, "sample", lambda lab, args: pytest.fail("a finished run was repeated"))
@@ -78,7 +78,7 @@ def test_run_that_stopped_goes_on(out, monkeypatch):
 
 
 def test_speed_decoupling_and_guidance(out, monkeypatch):
-    summary, text = run(out, "speed", "--seeds", "1", "--only", "none", "constant")
+    summary, text = run(out, "speed", "--seeds", "1", "--only", "none", "none, slower", "constant")
     assert [p["step"] for p in summary["curves"]["none"][0]] == [0, 1, 2] and "| constant |" in text
     summary, text = run(out, "decoupling", "--seeds", "1", "--only", "anchored 0.3", "winner")
     assert len(summary["roots"]) == len(summary["relative"]) == len(summary["relative"][0]) and summary["variant"] in text
