@@ -23,6 +23,8 @@ from nanocpo.grid import save_grid
 from nanocpo.losses import RULES, cpo_loss, dpo_loss, sft_loss
 from nanocpo.model import whole_file
 from nanocpo.sd import finetune
+from nanocpo.sd.report import held_out
+from nanocpo.sd.report import report as report_weights
 from nanocpo.train import add_common_arguments, draw, draw_t, load_data, noised
 from train_sft import add_sft_arguments, attribute_prompts, caption_prompts, ensure_models, run_stage, sft_step
 
@@ -48,9 +50,10 @@ def add_cpo_arguments(parser):
     parser.add_argument("--lean", type=float, default=0.4, help="cpo trains at t = T u^lean, u uniform: where little of the training "
                         "picture is left to contradict the prompt")
     parser.add_argument("--name", default="target", help="name of the checkpoint, its log and its report row")
-    parser.add_argument("--samples", type=int, default=512, help="pictures a row of the report (0: no report)")
+    parser.add_argument("--samples", type=int, default=512, help="pictures a row of the report (0: no report); with --weights 16")
     parser.add_argument("--sampling-steps", type=int, default=12)
-    parser.add_argument("--guidance", type=float, default=2.0, help="scale of the row auxiliary_guided")
+    parser.add_argument("--guidance", type=float, default=2.0, help="scale of the row auxiliary_guided; with --weights of all pictures, "
+                        "7.5")
 
 
 def strength(args):
@@ -132,10 +135,14 @@ def best_part(args, data, columns):
     return data.take(np.argsort(badness, kind="stable")[:max(1, round(len(data) * args.best))])
 
 
+def chosen_columns(args, criteria):
+    """The leaves of --criteria, or all."""
+    return criteria.columns(args.criteria) if args.criteria else list(range(len(criteria)))
+
+
 def method_step(args, data, reference, auxiliary):
     """The loss of one step of --method, on the training part of the data and the leaves of --criteria."""
-    train = data.split("train")
-    columns = data.criteria.columns(args.criteria) if args.criteria else list(range(len(data.criteria)))
+    train, columns = data.split("train"), chosen_columns(args, data.criteria)
     if args.method == "sft":
         return sft_step(args, best_part(args, train, columns), caption_prompts)
     if args.method == "dpo":
@@ -150,14 +157,22 @@ def align(args, data, base, auxiliary, watch=None):
 
 
 def align_weights(args):
-    """The same on Stable Diffusion, with adapters -> OUT/NAME.safetensors; returns the last log line."""
+    """The same on Stable Diffusion, with adapters -> OUT/NAME.safetensors, and what can be said without a critic
+    (nanocpo/sd/report.py); returns that report (or the last log line with --samples 0)."""
     if args.method == "dpo":
         raise ValueError("--method dpo needs pairs of pictures of one shape and caption; with --weights use cpo or sft")
+    if args.samples == 1:
+        raise ValueError("--samples 1: an interval needs two pictures at least; 0 leaves the report out")
     data, base = finetune.start(args)
     auxiliary = None
-    if args.method != "sft":
+    if args.method != "sft" or args.lora:                                 # --lora: as the judge of --method sft
         auxiliary = finetune.ensure_auxiliary(args, base, sft_step(args, data.split("train"), attribute_prompts))
-    return finetune.train(args, base, method_step(args, data, base, auxiliary), args.name, args.steps, args.lr)[1]
+    target, line = finetune.train(args, base, method_step(args, data, base, auxiliary), args.name, args.steps, args.lr)
+    if args.samples == 0:
+        return line
+    columns = chosen_columns(args, data.criteria)
+    evenly = argparse.Namespace(**vars(args) | {"method": "cpo", "lean": 1.0})         # so that every timestep bin is measured
+    return report_weights(args, data, base, auxiliary, target, columns, cpo_step(evenly, held_out(data), base, auxiliary, columns))
 
 
 def report(args, base, auxiliary, target, seconds):

@@ -1,6 +1,9 @@
 """Count what a model paints: #A_neg and #A_pos, caption accuracy, diversity, Fréchet distance; all by the critic, from pixels.
 
     python -m nanocpo.evaluate out/target.pt --samples 512
+
+This is exact because the critic knows the painter. Of real pictures (`train_cpo.py --weights`) no exact critic exists: nothing is counted
+there, and nanocpo/sd/report.py says what can be measured honestly instead.
 """
 import argparse
 import hashlib

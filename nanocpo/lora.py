@@ -121,10 +121,9 @@ def load(path, networks):
         if name is None:
             raise WeightsError(f"{path}: {key} " + (f"belongs to a {bad}: not supported" if bad else
                                f"has no place in {', '.join(networks)}; is the adapter of another model?"))
-        if match[4] is None and x.dim() == 4:
-            if x.shape[2:] != (1, 1):
-                raise WeightsError(f"{path}: {key} adapts a convolution of {x.shape[2]}x{x.shape[3]}: not supported")
-            x = x.flatten(1)
+        if isinstance(networks[part].get_submodule(name), nn.Conv2d) or x.dim() == 4 and x.shape[2:] != (1, 1):
+            raise WeightsError(f"{path}: {key} adapts a convolution: not supported")
+        x = x.flatten(1) if x.dim() == 4 else x                   # files of SD 1 have 1x1 convolutions where we have linear layers
         found.setdefault(part, {}).setdefault(name, {})["A" if match[2] else "B" if match[3] else "alpha"] = x
     out = {part: {name: _fold(path, part, name, pieces, settings, networks[part]) for name, pieces in layers.items()}
            for part, layers in found.items()}

@@ -106,3 +106,32 @@ def pipeline(kind, folder, scheduler=None):
     pipe.set_progress_bar_config(disable=True)
     pipe.save_pretrained(folder)
     return pipe
+
+
+def tiny(xl=False, cache=None, zeros=True, dtype=torch.float32, seed=0, checkpointing=False):
+    """A random model without any file or oracle: 48 x 48 pictures have 6 x 6 latents."""
+    from nanocpo.sd.clip import CLIP, CLIPConfig
+    from nanocpo.sd.model import Base, SDModel
+    from nanocpo.sd.tokenizer import Tokenizer
+    from nanocpo.sd.vae import VAE, VAEConfig
+    from nanocpo.sd.weights import Parts, diffusion_config
+    from nanocpo.unet import UNet, UNetConfig
+    torch.manual_seed(seed)
+    tokenizer = Tokenizer(train_merges(), pad="!" if xl else "<|endoftext|>")
+    clip = CLIPConfig(vocabulary=len(tokenizer.vocabulary), width=12, hidden=16, layers=2, heads=2)
+    encoders = [CLIP(clip)] + [CLIP(CLIPConfig(**vars(clip) | {"projection": 10, "activation": "gelu"}))] * xl
+    unet = UNetConfig(in_channels=4, out_channels=4, channels=(8, 16), depth=(0, 1), heads=(2, 2), groups=4, context_dim=24 if xl else 12,
+                      vector_dim=10 + 6 * 4 if xl else None, size_dim=4 if xl else None)
+    parts = Parts(UNet(unet), VAE(VAEConfig(channels=(4, 4, 8, 8), layers=1, groups=2)), encoders, [tokenizer] * len(encoders),
+                  diffusion_config({"_class_name": "EulerDiscreteScheduler" if xl else "PNDMScheduler"}), xl and zeros)
+    for part in (parts.unet, parts.vae, *parts.encoders):
+        perturb(part.to(dtype)).requires_grad_(False)
+    return SDModel(Base(parts, cache=cache, size=(48, 48), checkpointing=checkpointing))
+
+
+def moved(model, seed=1):
+    """As after training: the adapter does something."""
+    with torch.no_grad():
+        for b in model.adapter.B:
+            b += 0.5 * torch.randn(b.shape, generator=torch.Generator().manual_seed(seed))
+    return model

@@ -99,10 +99,11 @@ BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "
 # run in the page after it: press keys as a person would, then put what would be saved where the test can read it
 PROBE = """<script>
 const press = (key) => document.onkeydown({ key, preventDefault() {} });
+const open_at = picture;
 const before = { progress: document.getElementById("count").textContent, metadata: metadata(), shown: document.getElementById("where").textContent };
 ACTIONS
 document.body.innerHTML = "<pre id=result></pre>";
-document.getElementById("result").textContent = encodeURIComponent(JSON.stringify({ before, after: metadata(), kept: localStorage.getItem(key), picture }));
+document.getElementById("result").textContent = encodeURIComponent(JSON.stringify({ before, after: metadata(), kept: localStorage.getItem(key), picture, open_at }));
 </script>"""
 
 
@@ -137,6 +138,7 @@ def test_annotating_in_a_browser(folder, tmp_path_factory):
                       "negative": ["bad & \"two\""], "artist": "me"}]          # the third has no caption yet
     again = in_browser(folder, "", profile)                                  # reopening continues, the third picture's judgement too
     assert again["before"]["metadata"] == got["after"] and json.loads(again["kept"])["sub/d.PNG"]["states"] == {"One": -1, "Two": 0, "Three": 1}
+    assert (got["open_at"], again["open_at"]) == (0, 2)                      # the third picture has no caption yet: there it goes on
     (folder / "metadata.jsonl").write_text(got["after"], encoding="utf-8")
     data = from_folder(folder, size=8)                                       # what it saves, the training scripts read
     assert data.captions == ["first </script>", lines[1]["caption"]] and data.annotations.tolist() == [[1, -1, 0], [0, -1, 0]]

@@ -182,8 +182,19 @@ def test_what_has_no_place_is_refused_by_name(plugged, key, words, tmp_path):
         lora.load(tmp_path / "x.safetensors", {"unet": network})
 
 
+def test_an_adapter_of_a_real_convolution_is_refused(plugged, tmp_path):
+    # adapters act on linear layers: to take this one and ignore it would paint with another adapter than the file's
+    network, places = plugged
+    name = next(name for name, m in network.named_modules() if name.endswith("conv_shortcut"))
+    out, width = network.get_submodule(name).weight.shape[:2]
+    for key, shape in (("down", (2, width, 1, 1)), ("up", (out, 2, 1, 1))):
+        save_file({f"lora_unet_{name.replace('.', '_')}.lora_{key}.weight": torch.zeros(shape)}, tmp_path / "x.safetensors")
+        with pytest.raises(WeightsError, match="conv_shortcut.* adapts a convolution"):
+            lora.load(tmp_path / "x.safetensors", {"unet": network})
+
+
 @pytest.mark.parametrize("change, words", [(lambda s, k: s.pop(k), "incomplete"), (lambda s, k: s.update({k: torch.zeros(2, 5)}), "another shape"),
-                                           (lambda s, k: s.update({k: torch.zeros(2, 8, 3, 3)}), "convolution of 3x3")])
+                                           (lambda s, k: s.update({k: torch.zeros(2, 8, 3, 3)}), "adapts a convolution")])
 def test_incomplete_and_misshapen_adapters_are_refused(plugged, change, words, tmp_path):
     network, places = plugged
     lora.save(places.new(2), tmp_path / "x.safetensors")

@@ -9,41 +9,16 @@ import torch
 from PIL import Image
 
 import sd_tiny
+from sd_tiny import moved, tiny
 from nanocpo.criteria import Prompt
 from nanocpo.data import DataError, from_painter
 from nanocpo.sd import finetune
-from nanocpo.sd.clip import CLIP, CLIPConfig
 from nanocpo.sd.finetune import LatentPaintings, accumulated, buckets, nearest
 from nanocpo.model import fingerprint
 from nanocpo.sd.model import Base, Cache, SDModel, fitted
 from nanocpo.sd.tokenizer import Tokenizer
-from nanocpo.sd.vae import VAE, VAEConfig
-from nanocpo.sd.weights import Parts, diffusion_config
+from nanocpo.sd.vae import VAE
 from nanocpo.train import Recipe, fit
-from nanocpo.unet import UNet, UNetConfig
-
-
-def tiny(xl=False, cache=None, zeros=True, dtype=torch.float32, seed=0, checkpointing=False):
-    """A random model without any file or oracle: 48 x 48 pictures have 6 x 6 latents."""
-    torch.manual_seed(seed)
-    tokenizer = Tokenizer(sd_tiny.train_merges(), pad="!" if xl else "<|endoftext|>")
-    clip = CLIPConfig(vocabulary=len(tokenizer.vocabulary), width=12, hidden=16, layers=2, heads=2)
-    encoders = [CLIP(clip)] + [CLIP(CLIPConfig(**vars(clip) | {"projection": 10, "activation": "gelu"}))] * xl
-    unet = UNetConfig(in_channels=4, out_channels=4, channels=(8, 16), depth=(0, 1), heads=(2, 2), groups=4, context_dim=24 if xl else 12,
-                      vector_dim=10 + 6 * 4 if xl else None, size_dim=4 if xl else None)
-    parts = Parts(UNet(unet), VAE(VAEConfig(channels=(4, 4, 8, 8), layers=1, groups=2)), encoders, [tokenizer] * len(encoders),
-                  diffusion_config({"_class_name": "EulerDiscreteScheduler" if xl else "PNDMScheduler"}), xl and zeros)
-    for part in (parts.unet, parts.vae, *parts.encoders):
-        sd_tiny.perturb(part.to(dtype)).requires_grad_(False)
-    return SDModel(Base(parts, cache=cache, size=(48, 48), checkpointing=checkpointing))
-
-
-def moved(model, seed=1):
-    """As after training: the adapter does something."""
-    with torch.no_grad():
-        for b in model.adapter.B:
-            b += 0.5 * torch.randn(b.shape, generator=torch.Generator().manual_seed(seed))
-    return model
 
 
 # ---- pipelines
@@ -279,7 +254,10 @@ def world(tmp_path_factory):
 def flags(world, out):
     weights, pictures, _ = world
     return ["--weights", str(weights), "--data", str(pictures), "--out", str(out), "--resolution", "64", "--bucket-step", "16",
-            "--device", "cpu", "--accumulate", "2", "--rank", "2", "--lr", "0.05", "--sft-lr", "0.05"]
+            "--device", "cpu", "--accumulate", "2", "--rank", "2", "--sft-lr", "0.05", "--sft-steps", "2"]
+
+
+ALIGN = ["--lr", "0.5", "--steps", "2", "--samples", "0", "--sampling-steps", "1"]                   # of train_cpo.py only
 
 
 def test_latents_are_computed_once(world, tmp_path, monkeypatch):
@@ -291,7 +269,7 @@ def test_latents_are_computed_once(world, tmp_path, monkeypatch):
 
     def shapes(*more):
         made.clear()
-        data, _ = finetune.start(finetune.parse(parser, flags(world, tmp_path)[:-4] + ["--sft-lr", "0.05", *more], finetune.TRAINING))
+        data, _ = finetune.start(finetune.parse(parser, flags(world, tmp_path) + list(more), finetune.TRAINING))
         return {tuple(x.shape) for x in data.images}, len(made)
     first = shapes()
     assert first == ({(4, 6, 10), (4, 10, 6), (4, 8, 8)}, 12)              # 80 x 48, 48 x 80 and 64 x 64 pixels
@@ -309,30 +287,42 @@ def test_latents_are_computed_once(world, tmp_path, monkeypatch):
     picture.with_suffix(".gone").rename(picture)
 
 
-def test_both_stages_end_to_end_and_diffusers_paints_the_same(world, tmp_path, monkeypatch):
+def test_both_stages_end_to_end_and_diffusers_paints_the_same(world, tmp_path):
     pytest.importorskip("peft")
     import sample
     import train_cpo
+    import train_sft
     common = flags(world, tmp_path)
-    monkeypatch.setattr(finetune, "PICTURE_STEPS", 1)
-    line = train_cpo.main(common + ["--sft-steps", "3", "--steps", "6", "--checkpointing", "--sample-every", "6"])
-    assert line["step"] == 6 and line["winner"] > 0 and {"margin", "gap", "lam"} <= line.keys()
-    assert (tmp_path / "samples" / "target_00006.png").is_file() and (tmp_path / "auxiliary.jsonl").is_file()
+    base, auxiliary = train_sft.main(common)
+    assert base.adapter is None and auxiliary.base is base.base and max(b.abs().max() for b in auxiliary.adapter.B) > 1e-3
+    log = json.loads((tmp_path / "auxiliary.jsonl").read_text().splitlines()[-1])
+    assert log["step"] == 2 and log["loss"] > 0
+    written = (tmp_path / "auxiliary.safetensors").stat().st_mtime_ns
+
+    report = train_cpo.main(common + ALIGN + ["--checkpointing", "--sample-every", "2", "--samples", "2"])
+    assert (tmp_path / "auxiliary.safetensors").stat().st_mtime_ns == written          # it was there, and used again
+    assert (tmp_path / "samples" / "target_00002.png").is_file() and Image.open(tmp_path / "report.png").width == 2 * 68 + 4
+    assert report == json.loads((tmp_path / "report.json").read_text()) and report["held_out"] == 2       # pictures 8 and 9 of twelve
+    assert report["log_ratio"]["target"] != report["log_ratio"]["base"] and set(report["errors"]) >= {"target", "auxiliary_told"}
     first = json.loads((tmp_path / "target.jsonl").read_text().splitlines()[0])
     assert first["loss"] == pytest.approx(np.log(2), abs=1e-3)             # target and reference start as one
-    written = (tmp_path / "auxiliary.safetensors").stat().st_mtime_ns
-    train_cpo.main(common + ["--steps", "2", "--name", "again", "--criteria", "Color Relations", "--dtype", "bfloat16"])
-    assert (tmp_path / "auxiliary.safetensors").stat().st_mtime_ns == written          # it was there, and used again
-    train_cpo.main(common + ["--steps", "2", "--name", "other", "--lora", str(tmp_path / "target_kohya.safetensors")])
+    assert {"winner", "margin", "gap", "lam"} <= first.keys()
+
+    lora = ["--lora", str(tmp_path / "target_kohya.safetensors")]
+    for name, more in (("half", ["--criteria", "Color Relations", "--dtype", "bfloat16"]), ("esd", ["--method", "esd", *lora]),
+                       ("sft", ["--method", "sft", "--best", "0.5"])):
+        line = train_cpo.main(common + ALIGN + ["--name", name, *more])
+        assert line["step"] == 2 and ("margin" in line) == (name == "half") and (tmp_path / f"{name}.safetensors").is_file()
+        assert not (tmp_path / f"report_{name}.json").exists()
     pipe = world[2]
     for name in ("target.safetensors", "target_kohya.safetensors"):
-        ours = sample.main(["--weights", str(world[0]), "--lora", str(tmp_path / name), "--prompt", "a boat", "--resolution", "64", "--steps", "4",
+        ours = sample.main(["--weights", str(world[0]), "--lora", str(tmp_path / name), "--prompt", "a boat", "--resolution", "64", "--steps", "2",
                             "--seed", "7", "--device", "cpu", "--out", str(tmp_path / "x.png")])
         noise = torch.randn(4, 8, 8, generator=torch.Generator().manual_seed(7))[None].double()
         pipe.load_lora_weights(tmp_path, weight_name=name)
-        theirs = pipe(prompt="a boat", num_inference_steps=4, guidance_scale=7.5, latents=noise, height=64, width=64, output_type="np").images
+        theirs = pipe(prompt="a boat", num_inference_steps=2, guidance_scale=7.5, latents=noise, height=64, width=64, output_type="np").images
         pipe.unload_lora_weights()
-        plain = pipe(prompt="a boat", num_inference_steps=4, guidance_scale=7.5, latents=noise, height=64, width=64, output_type="np").images
+        plain = pipe(prompt="a boat", num_inference_steps=2, guidance_scale=7.5, latents=noise, height=64, width=64, output_type="np").images
         assert ours.shape == (1, 64, 64, 3) and np.abs(theirs * 255 - ours).max() <= 1 and np.abs(theirs - plain).max() > 0.02
 
 
@@ -361,7 +351,7 @@ def test_flags_that_do_not_go_together(world, tmp_path):
     import train_cpo
     import train_sft
     common = flags(world, tmp_path)
-    for more, words in ((["--dtype", "float16"], "is for sampling"), (["--method", "dpo"], "pairs of pictures"), (["--data", "flawed"], "folder with pictures"),
+    for more, words in ((["--samples", "1"], "needs two pictures"), (["--dtype", "float16"], "is for sampling"), (["--method", "dpo"], "pairs of pictures"), (["--data", "flawed"], "folder with pictures"),
                         (["--lora", "nowhere.safetensors"], "nowhere.safetensors: not found")):
         with pytest.raises(ValueError, match=words):
             train_cpo.main(common + more)

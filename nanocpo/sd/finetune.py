@@ -24,9 +24,9 @@ from .weights import WeightsError, load_parts
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # what the scripts' flags default to with --weights; ours, not tuned on real weights
-TRAINING = {"batch": 1, "sft_steps": 2000, "sft_lr": 1e-4, "steps": 500, "lr": 1e-4, "sample_every": 0}
+TRAINING = {"batch": 1, "sft_steps": 2000, "sft_lr": 1e-4, "steps": 500, "lr": 1e-4, "sample_every": 0, "samples": 16,
+            "sampling_steps": 20, "guidance": 7.5}
 SAMPLING = {"guidance": 7.5, "steps": 30, "count": 1}
-PICTURE_STEPS = 20                          # sampling steps of the grids while training
 
 
 def add_arguments(parser):
@@ -99,12 +99,12 @@ def load_latents(args, base):
     if not Path(args.data).is_dir():
         raise ValueError(f"--data {args.data}: with --weights it is a folder with pictures and metadata.jsonl")
     sizes, vae, cache = buckets(args.resolution, args.bucket_step), base.latents, Cache(base.text.cache.folder)
-    key, bar = fingerprint(vae) if cache.folder else "", tqdm(desc="latents", leave=False, mininterval=2)
+    key, bar = f"{vae.config} {fingerprint(vae)}" if cache.folder else "", tqdm(desc="latents", leave=False, mininterval=2)
 
     def latents(path):
         image = open_picture(path, lambda size: nearest(size, sizes))
         bar.update()
-        encode = lambda: vae.encode(to_tensor(np.asarray(image)[None]).to(base.device))[0].cpu()
+        encode = lambda: vae.encode(to_tensor(np.array(image)[None]).to(base.device))[0].cpu()
         with torch.no_grad():
             return cache.get(f"latents {key} {image.size} {hashlib.sha256(path.read_bytes()).hexdigest()}", encode)
 
@@ -150,7 +150,8 @@ def train(args, base, loss_step, name, steps, lr):
 
     def pictures(average, step):
         captions = [base.captions[i % len(base.captions)] for i in range(4)]
-        images = np.concatenate([to_images(m.sample(captions, guidance=7.5, steps=PICTURE_STEPS, seed=args.seed)) for m in (base, average)])
+        images = np.concatenate([to_images(m.sample(captions, guidance=args.guidance, steps=args.sampling_steps, seed=args.seed))
+                                 for m in (base, average)])
         save_grid(out / "samples" / f"{name}_{step:05d}.png", images, captions * 2, columns=4, zoom=1, titles=["base", f"{name}, step {step}"])
 
     average, line = fit(model, accumulated(loss_step, args.accumulate), Recipe(steps=steps, lr=lr, batch=args.batch), out / f"{name}.pt",

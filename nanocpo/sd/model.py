@@ -74,7 +74,7 @@ class Base:
             part.to(device)
         self.lora, self.cache = LoRA(parts.unet), Cache(cache)
         self.config = {"kind": "lora", "size": list(size)}
-        self.key = fingerprint(*parts.encoders) if cache else ""
+        self.key = f"{[encoder.config for encoder in parts.encoders]} {fingerprint(*parts.encoders)}" if cache else ""
         if checkpointing:
             for level in (*parts.unet.down_blocks, parts.unet.mid_block, *parts.unet.up_blocks):
                 level.step = partial(recomputed, level.step, self.lora)

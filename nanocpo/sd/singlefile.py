@@ -2,7 +2,7 @@
 
     model.diffusion_model.      the UNet                 first_stage_model.        the VAE
     cond_stage_model.           the text encoder of 1.x (CLIP's own names) and 2.x (OpenCLIP's)
-    conditioner.embedders.0, 1  those of XL              model_ema.                the UNet's average, its names without any dot
+    conditioner.embedders.0, 1  those of XL              model_ema.                the UNet's average, not read
 """
 import re
 
@@ -106,16 +106,12 @@ def version(state):
     return "2" if any(name.startswith("cond_stage_model.model.") for name in state) else "1"
 
 
-def split(state, layers=23, ema=False):
-    """A checkpoint -> {part: its tensors under our names}. layers: blocks of OpenCLIP that SD 2 uses. ema: take the average."""
+def split(state, layers=23):
+    """A checkpoint -> {part: its tensors under our names}. layers: blocks of OpenCLIP that SD 2 uses. An average of the UNet's weights
+    (model_ema.) is left alone: what the file calls its model is taken, as diffusers does."""
     kind = version(state)
     cut = lambda prefix: {name[len(prefix):]: x for name, x in state.items() if name.startswith(prefix)}
     unet, vae = cut("model.diffusion_model."), cut("first_stage_model.")
-    if ema:
-        averages = cut("model_ema.diffusion_model")
-        if not averages:
-            raise ValueError("no averaged weights in it (model_ema.): leave ema out")
-        unet = {name: averages[name.replace(".", "")] for name in unet}
     levels = 1 + max((int(m[1]) for m in (re.match(r"decoder\.up\.(\d+)", name) for name in vae) if m), default=0)
     parts = {"unet": {unet_name(name): x for name, x in unet.items()},
              "vae": {vae_name(name, levels): x for name, x in vae.items() if not name.startswith("loss.")}}

@@ -215,7 +215,7 @@ def build(kind, config, state, dtype, where):
     return model.eval().requires_grad_(False)
 
 
-def load_parts(path, config=None, tokenizer=None, variant=None, dtype=torch.float32, prediction=None, ema=False):
+def load_parts(path, config=None, tokenizer=None, variant=None, dtype=torch.float32, prediction=None):
     """Weights on disk -> Parts, on the CPU.
 
     path: a folder in diffusers' layout, or a single file. A single file holds neither tokenizer nor settings: tokenizer is a
@@ -237,7 +237,7 @@ def load_parts(path, config=None, tokenizer=None, variant=None, dtype=torch.floa
             for name in configs:
                 if config and (config / settings_file(name)).is_file():
                     configs[name] = read_json(config / settings_file(name))
-            states = singlefile.split(whole, clip_config(configs["text_encoder"]).layers, ema)
+            states = singlefile.split(whole, clip_config(configs["text_encoder"]).layers)
         except (ValueError, KeyError) as error:
             raise error if isinstance(error, WeightsError) else WeightsError(f"{path}: {error}") from error
         if "conv_in.weight" in states["unet"]:
