@@ -36,13 +36,13 @@ def add_cpo_arguments(parser):
                         "sft: plain fine-tuning on the best pictures")
     parser.add_argument("--stabilizer", choices=RULES, help="how far the loser's gradient is held back; default: constant for cpo, "
                         "none for dpo")
-    parser.add_argument("--strength", type=float, help="k, mu or share of the stabilizer (losses.restraint); default: 0.55, and 0.3 with "
+    parser.add_argument("--strength", type=float, help="k, mu or share of the stabilizer (losses.restraint); default: 0.55, and 0 with "
                         "--criteria: a branch alone is soon reached, and what is pulled harder takes the rest along")
     parser.add_argument("--beta", type=float, help="preference strength; default: 4 / gap per sample for cpo, 200 for dpo")
     parser.add_argument("--pairs", choices=["own", "completed", "opposite"], default="opposite",
                         help="what the auxiliary's two prompts list (preference_prompts)")
-    parser.add_argument("--anchor", choices=["auxiliary", "reference"], default="auxiliary", help="where the two targets stand: as the "
-                        "auxiliary gives them, or with the same gap on both sides of the reference")
+    parser.add_argument("--anchor", type=float, help="how far the two targets are moved, 0 to 1, from where the auxiliary stands to where "
+                        "the reference stands (E18): 1 changes nothing but the attributes; default: 0, and 0.5 with --criteria")
     parser.add_argument("--criteria", nargs="+", help="align on these branches of the tree only, by name or path")
     parser.add_argument("--best", type=float, default=0.1, help="share of the data that --method sft keeps")
     parser.add_argument("--steps", type=int, default=150)
@@ -56,9 +56,10 @@ def add_cpo_arguments(parser):
                         "7.5")
 
 
-def strength(args):
-    """--strength, or its default."""
-    return args.strength if args.strength is not None else 0.3 if args.criteria else 0.55
+def strength_and_anchor(args):
+    """--strength and --anchor, or their defaults (docs/results/decoupling.md for a branch alone)."""
+    strength, anchor = (0.0, 0.5) if args.criteria else (0.55, 0.0)
+    return strength if args.strength is None else args.strength, anchor if args.anchor is None else args.anchor
 
 
 def preference_prompts(criteria, batch, columns, pairs):
@@ -74,28 +75,38 @@ def preference_prompts(criteria, batch, columns, pairs):
     return tuple([criteria.prompt(c, a) for c, a in zip(batch.captions, side)] for side in (win, lose))
 
 
+def context_prompts(criteria, batch, columns):
+    """The prompts of preference_prompts without the leaves to align on: what both sides share, neither good nor bad."""
+    context = batch.annotations.copy()                                    # (B, leaves)
+    context[:, columns] = 0
+    return [criteria.prompt(c, a) for c, a in zip(batch.captions, context)]
+
+
 def cpo_step(args, data, reference, auxiliary, columns):
-    """The loss of one CPO step: one noised batch, four predictions (E2), the targets moved to the reference if so asked (E18): then
-    the rule `constant` ends at an optimum under the KL penalty (E4).
+    """The loss of one CPO step: one noised batch, four predictions (E2), the targets moved towards the reference if so asked (E18).
 
     Method esd (2303.07345): plain regression to the target guided at scale 1 / (1 - k), where `constant` ends (E17)."""
+    strength, anchor = strength_and_anchor(args)
+
     def loss_step(target, generator):
         batch = draw(data, args.batch, generator)
         t = draw_t(args.batch, target.diffusion.steps, generator, args.lean)
         xt, t, _, _ = noised(target, batch.images, generator, t)
         plain = target.text.tokens([data.criteria.prompt(caption) for caption in batch.captions])
-        win, lose = preference_prompts(data.criteria, batch, columns, args.pairs)
+        prompts = [*preference_prompts(data.criteria, batch, columns, args.pairs)]
+        if anchor:
+            prompts.append(context_prompts(data.criteria, batch, columns))
         with torch.no_grad():
             eps_ref = reference(xt, t, plain)
-            # both targets in one batch: their small difference must not be a difference of kernels
-            z_win, z_lose = auxiliary(torch.cat([xt, xt]), torch.cat([t, t]), win + lose).chunk(2)
-            if args.anchor == "reference":                                # the margin is the same; only what the stabiliser
-                middle = (z_win + z_lose) / 2                             # pulls back to is not, orthogonal to the gap
-                z_win, z_lose = z_win - middle + eps_ref, z_lose - middle + eps_ref
+            # all in one batch: their small differences must not be differences of kernels
+            count = len(prompts)
+            z_win, z_lose, *neutral = auxiliary(torch.cat([xt] * count), torch.cat([t] * count), sum(prompts, [])).chunk(count)
+            if anchor:
+                z_win, z_lose = (z + anchor * (eps_ref - neutral[0]) for z in (z_win, z_lose))
         eps = target(xt, t, plain)
         if args.method == "esd":
-            return *sft_loss(eps, guide(z_win, z_lose, 1 / (1 - strength(args)))), t
-        return *cpo_loss(eps, eps_ref, z_win, z_lose, args.beta, args.stabilizer or "constant", strength(args)), t
+            return *sft_loss(eps, guide(z_win, z_lose, 1 / (1 - strength))), t
+        return *cpo_loss(eps, eps_ref, z_win, z_lose, args.beta, args.stabilizer or "constant", strength), t
     return loss_step
 
 
@@ -125,7 +136,7 @@ def dpo_step(args, data, reference, columns):
         with torch.no_grad():
             ref_win, ref_lose = reference(both, times, plain).chunk(2)
         eps_win, eps_lose = target(both, times, plain).chunk(2)
-        return *dpo_loss(eps_win, ref_win, goal_win, eps_lose, ref_lose, goal_lose, beta, rule, strength(args)), t
+        return *dpo_loss(eps_win, ref_win, goal_win, eps_lose, ref_lose, goal_lose, beta, rule, strength_and_anchor(args)[0]), t
     return loss_step
 
 

@@ -47,11 +47,7 @@ METHODS = {
 SAMPLERS = {"base": ("base", "plain"), "auxiliary prompted": ("auxiliary", "prompted"), "auxiliary guided": ("auxiliary", "guided")}
 SPEED = {rule: dict(stabilizer=rule, strength=STRENGTH[rule]) for rule in RULES}
 SPEED["none, slower"] = dict(stabilizer="none", lr=5e-5)          # the rate at which vanilla does best (study methods)
-VARIANTS = {                                  # of the decoupling study: what may keep the other branches still
-    "constant 0.55": dict(strength=0.55), "constant 0.3": dict(strength=0.3), "winner": dict(stabilizer="winner"),
-    "anchored 0": dict(anchor="reference", strength=0.0), "anchored 0.3": dict(anchor="reference", strength=0.3),
-    "anchored 0.55": dict(anchor="reference", strength=0.55),
-}
+DOSES = {f"k {k:g}": dict(strength=k) for k in (-0.3, 0.0, 0.2)}        # of decoupling: below 0 the target stops short of z_win (E12)
 LEVELS = {                                    # of the annotation study: shares of all leaves that are judged, of verdicts that are wrong
     "as painted": (0.9, 0.0), "75 % judged": (0.75, 0.0), "50 % judged": (0.5, 0.0), "25 % judged": (0.25, 0.0), "10 % judged": (0.1, 0.0),
     "5 % wrong": (0.9, 0.05), "10 % wrong": (0.9, 0.1), "20 % wrong": (0.9, 0.2)}
@@ -209,39 +205,45 @@ def speed(lab):
 
 def decoupling(lab):
     """Align one branch at a time, measure all of them: the diagonal should fall to a half, the rest stay within a tenth."""
-    args, roots = lab.args, [root.name for root in lab.data.criteria.roots]
-    base_runs = [(f"base_{seed}", "sample", dict(model="base", prompt="plain", seed=seed)) for seed in (args.validation, *args.seeds)]
-    base = dict(zip((args.validation, *args.seeds), lab.run(base_runs)))
-    relative = lambda result, seed: [result["row"]["by_root"][r] / max(base[seed]["row"]["by_root"][r], 0.01) for r in roots]
+    args, roots, doses = lab.args, [root.name for root in lab.data.criteria.roots], chosen_rows(lab.args, DOSES)
+    search = dict(seed=args.validation, samples=args.search_samples)
+    base_runs = [("search_base", "sample", dict(model="base", prompt="plain") | search)]
+    base_runs += [(f"base_{seed}", "sample", dict(model="base", prompt="plain", seed=seed)) for seed in args.seeds]
+    validation, *bases = [result["row"] for result in lab.run(base_runs)]
 
-    def score(row, i):
+    def relative(result, base):
+        """Each root's #A_neg over the base's from the same noise."""
+        return [result["row"]["by_root"][root] / max(base["by_root"][root], 0.01) for root in roots]
+
+    def score(row, own):
         """Below 1 both aims hold: the own branch at a half or less, no other changed by more than a tenth."""
-        return max([row[i] / 0.5] + [abs(x - 1) / 0.1 for j, x in enumerate(row) if j != i])
-    probes = roots[:2]
-    tries = [(f"search_{slug(variant)}_{slug(root)}", "align", flags | dict(criteria=[root], seed=args.validation))
-             for variant, flags in chosen_rows(args, VARIANTS).items() for root in probes]
-    found = lab.run(tries)
-    names = list(chosen_rows(args, VARIANTS))
-    scores = {v: [score(relative(found[i * len(probes) + j], args.validation), roots.index(root)) for j, root in enumerate(probes)]
-              for i, v in enumerate(names)}
-    best = min(names, key=lambda v: max(scores[v]))
-    finals = [(f"{slug(best)}_{slug(root)}_{seed}", "align", VARIANTS[best] | dict(criteria=[root], seed=seed))
-              for root in roots for seed in args.seeds]
-    results = lab.run(finals)
-    by_root = {root: results[i * len(args.seeds):(i + 1) * len(args.seeds)] for i, root in enumerate(roots)}
-    cells = [list(map(list, zip(*(relative(result, seed) for result, seed in zip(some, args.seeds))))) for some in by_root.values()]
-    text = markdown(["aligned on", *roots, "caption"], [[root, *map(written, cells[i]), written([r["row"]["caption"] for r in some], 3)]
-                                                        for i, (root, some) in enumerate(by_root.items())])
-    searched = markdown(["variant", *probes], [[v, *(f"{x:.2f}" for x in scores[v])] for v in names])
-    seen = base[args.seeds[0]]["row"]
-    stem = publish(args, {"roots": roots, "variant": best, "relative": cells, "scores": scores, "base": seen},
-                   f"#A_neg of each root dimension over the base's, variant `{best}` "
-                   f"({', '.join(f'{k} {v}' for k, v in VARIANTS[best].items())}). Base: "
-                   + ", ".join(f"{r} {seen['by_root'][r]:.2f}" for r in roots) + f"; caption {seen['caption']:.3f}.", text,
-                   f"The search, seed {args.validation}: the worse of (own share / 0.5) and (largest change of another / 0.1); below 1 "
-                   "both aims hold. The variant with the smallest worst score is chosen.", searched)
-    matrix_chart(f"{stem}.png", [[over_seeds(values)[0] for values in row] for row in cells], roots, roots,
-                 "Align one branch, measure all: #A_neg over the base's", f"row: aligned branch; column: measured branch; variant {best}")
+        return max([row[own] / 0.5] + [abs(x - 1) / 0.1 for other, x in enumerate(row) if other != own])
+
+    found = iter(lab.run([(f"search_{slug(root)}_{slug(name)}", "align", dose | dict(criteria=[root]) | search)
+                          for root in roots for name, dose in doses.items()]))
+    tried = {root: {name: relative(next(found), validation) for name in doses} for root in roots}
+    scores = {root: {name: score(row, roots.index(root)) for name, row in tried[root].items()} for root in roots}
+    best = {root: min(doses, key=scores[root].get) for root in roots}
+    results = iter(lab.run([(f"{slug(root)}_{slug(best[root])}_{seed}", "align", doses[best[root]] | dict(criteria=[root], seed=seed))
+                            for root in roots for seed in args.seeds]))
+    rows, table = {}, []
+    for root in roots:
+        some = [next(results) for _ in args.seeds]
+        rows[root] = list(zip(*(relative(result, base) for result, base in zip(some, bases))))           # (roots, seeds)
+        table.append([f"{root} ({best[root]})", *map(written, rows[root]), written([r["row"]["caption"] for r in some], 3)])
+    means = [[over_seeds(values)[0] for values in rows[root]] for root in roots]
+    worst = max(abs(x - 1) for i, row in enumerate(means) for j, x in enumerate(row) if i != j)
+    searched = markdown(["branch", *doses], [[root, *(f"{scores[root][name]:.2f} (own {tried[root][name][i]:.2f})" for name in doses)]
+                                             for i, root in enumerate(roots)])
+    stem = publish(args, {"roots": roots, "chosen": best, "relative": rows, "scores": scores, "base": bases},
+                   "#A_neg of each root dimension over the base's from the same noise; rows: the branch that was aligned (and its dose). Base: "
+                   + ", ".join(f"{root} {np.mean([b['by_root'][root] for b in bases]):.2f}" for root in roots)
+                   + f"; caption {np.mean([b['caption'] for b in bases]):.3f}.", markdown(["aligned on", *roots, "caption"], table),
+                   f"Largest own share {max(means[i][i] for i in range(len(roots))):.2f}, largest change of another {worst:.2f}.",
+                   f"The search, seed {args.validation}, {args.search_samples} pictures: the worse of (own share / 0.5) and (largest change of "
+                   "another / 0.1); below 1 both aims hold. Each branch takes the dose with the smallest.", searched)
+    matrix_chart(f"{stem}.png", means, roots, roots, "Align one branch, measure all: #A_neg over the base's",
+                 "row: aligned branch; column: measured branch")
 
 
 def annotation(lab):
@@ -274,7 +276,7 @@ def gap(lab):
                                                      for rule in RULES for place in places])
     stem = publish(args, result, "mean(d²), the gap of the auxiliary's two predictions (of v):", text,
                    f"Per cent of samples whose winner's error rose / loser's error fell after one step on their batch, of relative length "
-                   f"{args.step_size:g} ({effects[RULES[0], places[0], 'SGD']['samples']} samples; `balance` and `clamped` at strength 1). "
+                   f"{args.step_size:g} ({result['effects'][0]['samples']} samples; `balance` and `clamped` at strength 1). "
                    "The theorems promise 0 for the winner with `winner`, `safeguard`, `balance`, `clamped` and 0 for the loser with "
                    "`balance`, on free outputs; through shared weights they are only a tendency:", table)
     line_chart(f"{stem}.png", {pairs: (middles, values, [0] * BINS) for pairs, values in result["gaps"].items()}, "The gap by timestep",
@@ -334,7 +336,7 @@ def main(argv=None):
     parser.add_argument("--batches", type=int, default=8, help="batches that `gap` looks at")
     parser.add_argument("--step-size", type=float, default=3e-4, help="relative length of the one step that `gap` takes")
     parser.add_argument("--world-steps", type=int, default=1500, help="training steps of the tiny network of `world`")
-    parser.add_argument("--only", nargs="+", help="only these rows (methods, speed, annotation) or variants (decoupling)")
+    parser.add_argument("--only", nargs="+", help="only these rows (methods, speed, annotation) or doses (decoupling)")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, each with its share of the cores; on two cores 1 is fastest")
     args = parser.parse_args(argv)
     lab = Lab(args)

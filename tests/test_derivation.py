@@ -262,7 +262,7 @@ def one_step(*flags):
     reference, auxiliary, target = models
     step = train_cpo.cpo_step(args, DATA, reference, auxiliary, list(range(len(DATA.criteria))))
     loss, logs, _ = step(target, torch.Generator().manual_seed(0))
-    return loss, logs, seen[2], seen[0], *seen[1].chunk(2)
+    return loss, logs, seen[2], seen[0], *seen[1].chunk(len(seen[1]) // len(seen[0]))
 
 
 def test_esd_is_regression_to_the_limit_of_constant():
@@ -273,19 +273,24 @@ def test_esd_is_regression_to_the_limit_of_constant():
     close(guide(z_win, z_lose, 4.0), z_win + 3 * (z_win - z_lose), 1e-9)
 
 
-def test_anchored_targets_keep_the_margin_and_end_at_the_optimum():
-    """--anchor reference: the same margin and loss, both errors of the reference |d|^2 / 4; limit eps_ref + (1 + k) / (2 (1 - k)) d (E18),
-    which is the optimum eps_ref + d / beta_R (E4) with beta_R = 2 (1 - k) / (1 + k)."""
+def test_anchored_targets_keep_the_margin_and_end_beside_the_reference():
+    """--anchor a: both targets moved by a (eps_ref - z_0), the same margin; at a = 1 the limit is eps_ref + (z_win - z_0) + k / (1 - k) d (E18):
+    the reference moved by what the chosen attributes change, and not by what else the auxiliary knows."""
     k = 0.6
-    plain, moved = (one_step("--strength", str(k), "--anchor", anchor) for anchor in ("auxiliary", "reference"))
+    plain, moved = (one_step("--strength", str(k), "--anchor", anchor) for anchor in ("0", "1"))
     close(moved[1]["margin"], plain[1]["margin"], 1e-3)           # float32, and beta = 4 / a small gap
-    assert plain[1]["margin"].abs().min() > 0.01
-    for name in ("winner_ref", "loser_ref"):
-        torch.testing.assert_close(moved[1][name], moved[1]["gap"] / 4)
-    _, _, _, eps_ref, z_win, z_lose = moved
-    d, beta_r = z_win - z_lose, 2 * (1 - k) / (1 + k)
-    eps = (eps_ref + d / beta_r).requires_grad_()
-    loss, _ = cpo_loss(eps, eps_ref, eps_ref + d / 2, eps_ref - d / 2, 0.1, "constant", k)
+    assert plain[1]["margin"].abs().min() > 0.01 and len(plain) == 6 and len(moved) == 7
+    _, logs, _, eps_ref, z_win, z_lose, z_0 = moved
+    square = lambda x: x.square().flatten(1).mean(1)
+    close(logs["winner_ref"].double(), square(z_win - z_0), 1e-5)
+    close(logs["loser_ref"].double(), square(z_lose - z_0), 1e-5)
+    assert (square(z_win - z_0) > 1e-6).all() and (square(z_win - eps_ref) > 1e-3).all()
+    half = one_step("--strength", str(k), "--anchor", "0.5")
+    close(half[1]["winner_ref"].double(), square((z_win - eps_ref + z_win - z_0) / 2), 1e-5)
+
+    moved_win, moved_lose = (eps_ref + z - z_0 for z in (z_win, z_lose))
+    eps = (eps_ref + (z_win - z_0) + k / (1 - k) * (z_win - z_lose)).requires_grad_()
+    loss, _ = cpo_loss(eps, eps_ref, moved_win, moved_lose, 0.1, "constant", k)
     close(torch.autograd.grad(loss, eps)[0], 0.0, 1e-12)
 
 

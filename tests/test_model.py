@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from nanocpo.criteria import Criteria, Prompt
 from nanocpo.diffusion import guide
-from nanocpo.model import Model, SpaceToDepth, load_checkpoint, load_model, save_atomic
+from nanocpo.model import Model, SpaceToDepth, fingerprint, load_checkpoint, load_model, save_atomic
 from nanocpo.unet import UNetConfig
 
 
@@ -216,7 +216,9 @@ def test_save_and_load_give_the_same_model(tmp_path):
     loaded = load_model(tmp_path / "new" / "model.pt")
     assert not loaded.training and not any(p.requires_grad for p in loaded.parameters())
     assert loaded.config == model.config and loaded.criteria.to_dict() == TREE
-    assert torch.equal(loaded.sample([A, B], [B, A], 2.0, steps=2), model.sample([A, B], [B, A], 2.0, steps=2))
+    assert fingerprint(loaded) == fingerprint(model)
+    pictures = (m.sample([A, B], [B, A], 2.0, steps=2) for m in (loaded, model))
+    torch.testing.assert_close(*pictures, rtol=0, atol=1e-5)      # kernels may round by where the weights lie in memory
     assert os.listdir(tmp_path / "new") == ["model.pt"]
 
 
