@@ -202,10 +202,14 @@ def test_branch_prompts_share_their_context():
     columns = CRITERIA.columns("Color Relations")
     phrases = {p for i in columns for p in (CRITERIA.leaves[i].positive, CRITERIA.leaves[i].negative)}
     for pairs in ("own", "completed", "opposite"):
+        context = []
         for win, lose in zip(*train_cpo.preference_prompts(CRITERIA, batch, columns, pairs)):
             assert set(win.positive) - phrases == set(lose.positive) - phrases
             assert set(win.negative) - phrases == set(lose.negative) - phrases
             assert not set(win.negative) & phrases and not set(lose.positive) & phrases
+            context.append((win.caption, set(win.positive) - phrases, set(win.negative) - phrases))
+        alone = train_cpo.context_prompts(CRITERIA, batch, columns)
+        assert [(p.caption, set(p.positive), set(p.negative)) for p in alone] == context
 
 
 # ---------------------------------------------------------------- stage 2
@@ -236,8 +240,8 @@ def test_first_cpo_step_has_loss_log_2_and_a_gradient():
 def test_a_branch_is_pulled_more_gently_unless_told_otherwise():
     parser = argparse.ArgumentParser()
     train_cpo.add_cpo_arguments(parser)
-    strengths = [train_cpo.strength(parser.parse_args(flags.split())) for flags in ("", "--criteria Tone", "--strength 0", "--criteria Tone --strength 0.9")]
-    assert strengths == [0.55, 0.3, 0.0, 0.9]
+    flags = ("", "--criteria Tone", "--strength 0 --anchor 1", "--criteria Tone --strength 0.9 --anchor 0")
+    assert [train_cpo.strength_and_anchor(parser.parse_args(f.split())) for f in flags] == [(0.55, 0), (0, 0.5), (0, 1), (0.9, 0)]
 
 
 def test_cpo_leans_to_noisy_timesteps_as_told():
