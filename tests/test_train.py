@@ -303,7 +303,7 @@ def test_unfit_checkpoints_are_refused(tmp_path):
 # ---------------------------------------------------------------- the scripts, 20 steps each
 
 def test_scripts_from_nothing_to_a_report(tmp_path, capsys):
-    common = ["--out", str(tmp_path), "--count", "100", "--batch", "8", "--device", "cpu", "--sample-every", "10"]
+    common = ["--out", str(tmp_path), "--count", "100", "--batch", "4", "--device", "cpu", "--sample-every", "20"]
     report = train_cpo.main([*common, "--base-steps", "20", "--sft-steps", "20", "--steps", "20", "--samples", "16", "--sampling-steps", "3"])
     assert list(report["rows"]) == ["base", "auxiliary", "auxiliary_prompted", "auxiliary_guided", "target"]
     for row in report["rows"].values():
@@ -312,7 +312,7 @@ def test_scripts_from_nothing_to_a_report(tmp_path, capsys):
         assert sum(row["by_root"].values()) == pytest.approx(row["neg"])
     assert report["real_positive"]["neg"] < 0.5
     assert json.loads((tmp_path / "report.json").read_text()) == report
-    files = ["base.pt", "auxiliary.pt", "target.pt", "base.jsonl", "target.jsonl", "report.png", "samples/target_00010.png"]
+    files = ["base.pt", "auxiliary.pt", "target.pt", "base.jsonl", "target.jsonl", "report.png", "samples/target_00020.png"]
     assert all((tmp_path / name).stat().st_size > 0 for name in files)
     assert "target" in capsys.readouterr().out
 
