@@ -18,14 +18,14 @@ import torch
 from nanocpo.critic import unmeasured
 from nanocpo.data import to_images
 from nanocpo.diffusion import guide
-from nanocpo.evaluate import evaluate, rows_key, table
+from nanocpo.evaluate import evaluate, report_stem, rows_key, table
 from nanocpo.grid import save_grid
 from nanocpo.losses import RULES, cpo_loss, dpo_loss, sft_loss
 from nanocpo.model import whole_file
 from nanocpo.sd import finetune
 from nanocpo.sd.report import held_out
 from nanocpo.sd.report import report as report_weights
-from nanocpo.train import add_common_arguments, draw, draw_t, load_data, noised
+from nanocpo.train import add_common_arguments, changed, draw, draw_t, load_data, noised
 from train_sft import add_sft_arguments, attribute_prompts, caption_prompts, ensure_models, run_stage, sft_step
 
 
@@ -93,7 +93,7 @@ def cpo_step(args, data, reference, auxiliary, columns):
         t = draw_t(args.batch, target.diffusion.steps, generator, args.lean)
         xt, t, _, _ = noised(target, batch.images, generator, t)
         plain = target.text.tokens([data.criteria.prompt(caption) for caption in batch.captions])
-        prompts = [*preference_prompts(data.criteria, batch, columns, args.pairs)]
+        prompts = list(preference_prompts(data.criteria, batch, columns, args.pairs))
         if anchor:
             prompts.append(context_prompts(data.criteria, batch, columns))
         with torch.no_grad():
@@ -113,6 +113,7 @@ def cpo_step(args, data, reference, auxiliary, columns):
 def dpo_step(args, data, reference, columns):
     """The loss of one Diffusion-DPO step (E8): pairs of pictures with one caption, fewer against more negative attributes."""
     rule, beta = args.stabilizer or "none", 200.0 if args.beta is None else args.beta
+    strength, _ = strength_and_anchor(args)                               # one x_t a picture: nothing to anchor
     badness = (data.annotations[:, columns] < 0).sum(1)
     groups = {caption: np.flatnonzero(np.array(data.captions) == caption) for caption in set(data.captions)}
 
@@ -136,7 +137,7 @@ def dpo_step(args, data, reference, columns):
         with torch.no_grad():
             ref_win, ref_lose = reference(both, times, plain).chunk(2)
         eps_win, eps_lose = target(both, times, plain).chunk(2)
-        return *dpo_loss(eps_win, ref_win, goal_win, eps_lose, ref_lose, goal_lose, beta, rule, strength_and_anchor(args)[0]), t
+        return *dpo_loss(eps_win, ref_win, goal_win, eps_lose, ref_lose, goal_lose, beta, rule, strength), t
     return loss_step
 
 
@@ -182,7 +183,7 @@ def align_weights(args):
     if args.samples == 0:
         return line
     columns = chosen_columns(args, data.criteria)
-    evenly = argparse.Namespace(**vars(args) | {"method": "cpo", "lean": 1.0})         # so that every timestep bin is measured
+    evenly = changed(args, method="cpo", lean=1.0)                        # so that every timestep bin is measured
     return report_weights(args, data, base, auxiliary, target, columns, cpo_step(evenly, held_out(data), base, auxiliary, columns))
 
 
@@ -195,17 +196,18 @@ def report(args, base, auxiliary, target, seconds):
     key = rows_key([base, auxiliary], args.samples, args.seed, args.sampling_steps, args.guidance)
     kept = json.loads((out / "rows.json").read_text()) if (out / "rows.json").exists() else {}
     known = kept["rows"] if kept.get("key") == key else {}
-    result, _ = evaluate({name: pair for name, pair in models.items() if name == args.name or name not in known}, base.criteria,
+    result, pictures = evaluate({name: pair for name, pair in models.items() if name == args.name or name not in known}, base.criteria,
                          base.captions, args.samples, args.seed, args.sampling_steps, args.guidance)
     result["rows"] = {name: (known | result["rows"])[name] for name in models}
     result["seconds"] = {"training": seconds, "evaluation": time.time() - start}
-    stem = "report" if args.name == "target" else f"report_{args.name}"
+    stem = report_stem(args.name)
     for name, content in (("rows", {"key": key, "rows": {n: row for n, row in result["rows"].items() if n != args.name}}), (stem, result)):
         with whole_file(out / f"{name}.json") as temporary:
             temporary.write_text(json.dumps(content, indent=1))
     labels = [base.captions[i % len(base.captions)] for i in range(min(16, args.samples))]
     prompts = [base.criteria.prompt(caption) for caption in labels]
-    images = np.concatenate([to_images(model.sample(prompts, steps=args.sampling_steps, seed=args.seed)) for model in (base, target)])
+    first = to_images(base.sample(prompts, steps=args.sampling_steps, seed=args.seed))         # its row may be a kept one, without pictures
+    images = np.concatenate([first, pictures[args.name][:len(labels)]])
     save_grid(out / f"{stem}.png", images, labels * 2, columns=len(labels), zoom=3, titles=["base", f"{args.name}: the same captions and seeds"])
     print(table(result))
     print(f"{out / f'{stem}.json'} and .png written; {seconds:.0f} s of training, {time.time() - start:.0f} s of evaluation")

@@ -99,6 +99,11 @@ def rows_key(models, *settings):
     return hashlib.sha256(repr((fingerprint(*models), settings)).encode() + code).hexdigest()
 
 
+def report_stem(name):
+    """Name of a report's files without suffix: only the default target's has no name in it."""
+    return "report" if name == "target" else f"report_{name}"
+
+
 def table(report):
     """The report as text: a line a row, then #A_neg per root dimension."""
     rows = report["rows"] | {"real positive": report["real_positive"]}

@@ -3,7 +3,6 @@
 Each run leaves OUT/study/NAME/KEY.json (and a grid of pictures beside it) and is never repeated. Base, auxiliary and data are those
 of --seed; a run has its own training and sampling seed.
 """
-import argparse
 import json
 import multiprocessing
 import os
@@ -24,7 +23,7 @@ from .grid import save_grid
 from .losses import RULES
 from .model import load_model, whole_file
 from .muon import Muon
-from .train import finished, load_data, pick_device, summarize
+from .train import changed, finished, load_data, pick_device, summarize
 
 # One strength a rule, where nothing is searched.
 STRENGTH = {"none": 1.0, "winner": 0.0, "constant": 0.55, "safeguard": 0.2, "balance": 0.85, "clamped": 0.85}
@@ -109,11 +108,6 @@ class Lab:
 def make_in_process(args, run):
     """One run in a process of its own, which loads data and models for itself."""
     Lab(args).make(run)
-
-
-def changed(args, **overrides):
-    """The flags with some of them replaced."""
-    return argparse.Namespace(**(vars(args) | overrides))
 
 
 def measured(lab, args, model, kind="plain"):
@@ -208,7 +202,7 @@ def gap_run(lab, args):
         with torch.no_grad():
             for seed in range(args.batches):
                 _, logs, t = step(base, torch.Generator().manual_seed(seed))
-                window.append((t.cpu(), {"gap": logs["gap"].cpu(), "valid": logs["valid"].cpu()}))
+                window.append((t, logs))
         gaps[pairs] = summarize(window, base.diffusion.steps)["per_t"]["gap"]
     table = []
     for rule in RULES:

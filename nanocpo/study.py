@@ -113,6 +113,11 @@ def chosen_rows(args, table):
 
 # ------------------------------------------------------------------------------------------------------------- studies
 
+def base_runs(seeds, **overrides):
+    """The base model's row for each seed."""
+    return [(f"base_{seed}", "sample", dict(model="base", prompt="plain", seed=seed) | overrides) for seed in seeds]
+
+
 def methods(lab):
     """CPO with every stabilizer against what it extends: same base, same number of pictures seen, the same small search for each."""
     args = lab.args
@@ -169,8 +174,7 @@ def speed(lab):
     every = max(1, args.steps // 6)
     runs = [(f"{slug(name)}_{seed}", "curve", flags | dict(seed=seed, every=every, samples=args.curve_samples))
             for name, flags in rows.items() for seed in args.seeds]
-    starts = [(f"base_{seed}", "sample", dict(model="base", prompt="plain", seed=seed, samples=args.curve_samples)) for seed in args.seeds]
-    found, bases = iter(lab.run(runs)), lab.run(starts)
+    found, bases = iter(lab.run(runs)), lab.run(base_runs(args.seeds, samples=args.curve_samples))
     start = {key: float(np.mean([b["row"][key] for b in bases])) for key in ("neg", "caption", "frechet")}
     curves = {name: [[{"step": 0, **start}, *next(found)["curve"]] for _ in args.seeds] for name in rows}
     levels = [round(share * start["neg"], 2) for share in (0.8, 0.6, 0.5, 0.4)]
@@ -207,9 +211,8 @@ def decoupling(lab):
     """Align one branch at a time, measure all of them: the diagonal should fall to a half, the rest stay within a tenth."""
     args, roots, doses = lab.args, [root.name for root in lab.data.criteria.roots], chosen_rows(lab.args, DOSES)
     search = dict(seed=args.validation, samples=args.search_samples)
-    base_runs = [("search_base", "sample", dict(model="base", prompt="plain") | search)]
-    base_runs += [(f"base_{seed}", "sample", dict(model="base", prompt="plain", seed=seed)) for seed in args.seeds]
-    validation, *bases = [result["row"] for result in lab.run(base_runs)]
+    search_base = ("search_base", "sample", dict(model="base", prompt="plain") | search)
+    validation, *bases = [result["row"] for result in lab.run([search_base, *base_runs(args.seeds)])]
 
     def relative(result, base):
         """Each root's #A_neg over the base's from the same noise."""
@@ -252,9 +255,8 @@ def annotation(lab):
     lab.run([(f"auxiliary_{slug(n)}", "auxiliary", dict(judged=judged, wrong=wrong)) for n, (judged, wrong) in levels.items()])
     runs = [(f"{slug(n)}_{seed}", "align", dict(judged=judged, wrong=wrong, seed=seed))
             for n, (judged, wrong) in levels.items() for seed in args.seeds]
-    results = lab.run(runs)
-    rows = {n: [r["row"] for r in results[i * len(args.seeds):(i + 1) * len(args.seeds)]] for i, n in enumerate(levels)}
-    rows |= {"base": [r["row"] for r in lab.run([(f"base_{s}", "sample", dict(model="base", prompt="plain", seed=s)) for s in args.seeds])]}
+    results = iter(lab.run(runs + base_runs(args.seeds)))
+    rows = {name: [next(results)["row"] for _ in args.seeds] for name in (*levels, "base")}
     text = markdown(["annotation", *HEADER], [[n, *(written([r[k] for r in some], d) for k, d in COLUMNS)] for n, some in rows.items()])
     stem = publish(args, {"rows": rows}, text)
     bar_chart(f"{stem}.png", {n: over_seeds([r["neg"] for r in some]) for n, some in rows.items()},

@@ -1,4 +1,5 @@
 """The training loop shared by all stages: optimiser, schedule, averaging, logs, checkpoints, resuming."""
+import argparse
 import json
 import time
 from dataclasses import dataclass
@@ -31,6 +32,11 @@ class Recipe:
         """Learning rate of step 0 .. steps-1."""
         done = step / max(self.steps, 1)
         return self.lr * min(1, (step + 1) / max(self.warmup, 1)) * min(1, (1 - done) / (1 - self.constant))
+
+
+def changed(args, **overrides):
+    """The flags with some of them replaced."""
+    return argparse.Namespace(**vars(args) | overrides)
 
 
 def pick_device(name="auto"):
@@ -116,7 +122,7 @@ def fit(model, loss_step, recipe, path, *, name, seed=0, bf16=False, resume=Fals
         decay = min(recipe.ema, (step + 1) / (step + 10))
         with torch.no_grad():
             torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - decay)
-        window.append((t.cpu(), {key: value.float().cpu() for key, value in logs.items()}))
+        window.append((t, logs))
         if (step + 1) % log_every == 0 or step + 1 == recipe.steps:
             line = {"name": name, "step": step + 1, "lr": recipe.lr_at(step), "gradient_norm": norm.item(),
                     "seconds": round(time.time() - start, 2)} | summarize(window, model.diffusion.steps)
@@ -133,8 +139,8 @@ def fit(model, loss_step, recipe, path, *, name, seed=0, bf16=False, resume=Fals
 
 def summarize(window, steps):
     """[(t, logs)] -> the mean of each log over the samples that count, and per timestep bin (None where a bin is empty)."""
-    t = torch.cat([t for t, _ in window])
-    logs = {key: torch.cat([logs[key] for _, logs in window]) for key in window[0][1]}
+    t = torch.cat([t for t, _ in window]).cpu()
+    logs = {key: torch.cat([logs[key] for _, logs in window]).float().cpu() for key in window[0][1]}
     valid = logs.pop("valid", torch.ones(len(t))) > 0
     bins = (t * BINS).div(steps, rounding_mode="floor")
     mean = lambda value, mask: round(value[mask].mean().item(), 6) if mask.any() else None

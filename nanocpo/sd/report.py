@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from ..data import SPLITS, to_images
-from ..evaluate import interval
+from ..evaluate import interval, report_stem
 from ..grid import save_grid
 from ..losses import sft_loss
 from ..model import whole_file
@@ -69,9 +69,8 @@ def on_held_out(held, seed, base, auxiliary, target, cpo_step, batch):
         found["auxiliary_told"] = both[..., 0]
         result["agreement"] = float((log_ratio(both)[judged] > 0).mean()) if judged.any() else None
         generator = torch.Generator().manual_seed(seed)
-        steps = [cpo_step(target, generator)[1:] for _ in range(-(-BINS * len(held) // batch))]
-        window = [(t.cpu(), {key: x.cpu() for key, x in logs.items()}) for logs, t in steps]
-        result["cpo"] = summarize(window, base.diffusion.steps)
+        steps = [cpo_step(target, generator) for _ in range(-(-BINS * len(held) // batch))]
+        result["cpo"] = summarize([(t, logs) for _, logs, t in steps], base.diffusion.steps)
     return {"errors": {name: {"mean": float(x.mean()), "per_t": x.mean(0).tolist()} for name, x in found.items()}} | result
 
 
@@ -100,7 +99,7 @@ def report(args, data, base, auxiliary, target, columns, cpo_step=None):
         ratios["difference"] = ratios["target"] - ratios["base"]           # in pairs: caption and noises are the same
         result["log_ratio"] = {name: dict(zip(("mean", "ci"), interval(values))) for name, values in ratios.items()}
 
-    stem = "report" if args.name == "target" else f"report_{args.name}"
+    stem = report_stem(args.name)
     with whole_file(Path(args.out) / f"{stem}.json") as temporary:
         temporary.write_text(json.dumps(result, indent=1))
     images = np.concatenate([to_images(some[:PAIRS]) for some in pictures.values()])
