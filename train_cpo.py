@@ -10,6 +10,7 @@ negative attributes, and the target model learns to prefer the first (2601.04300
 import argparse
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -44,6 +45,8 @@ def add_cpo_arguments(parser):
     parser.add_argument("--anchor", type=float, help="how far the two targets are moved, 0 to 1, from where the auxiliary stands to where "
                         "the reference stands (E18): 1 changes nothing but the attributes; default: 0, and 0.5 with --criteria")
     parser.add_argument("--criteria", nargs="+", help="align on these branches of the tree only, by name or path")
+    parser.add_argument("--paint", type=int, default=1024, help="with --criteria: pictures that the auxiliary paints anew, right in the "
+                        "branch and else as annotated, to train on instead of the data (0: the data; with --weights always)")
     parser.add_argument("--best", type=float, default=0.1, help="share of the data that --method sft keeps")
     parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--lr", type=float, default=6e-4)
@@ -56,10 +59,24 @@ def add_cpo_arguments(parser):
                         "7.5")
 
 
-def strength_and_anchor(args):
-    """--strength and --anchor, or their defaults (docs/results/decoupling.md for a branch alone)."""
-    strength, anchor = (0.0, 0.5) if args.criteria else (0.55, 0.0)
-    return strength if args.strength is None else args.strength, anchor if args.anchor is None else args.anchor
+def branch_defaults(args):
+    """(--strength, --anchor, --beta), or their defaults for CPO, which are others for a branch alone: a small beta leaves
+    the mean over the contexts, which the target cannot see, unweighted (E20; docs/results/decoupling.md)."""
+    defaults = (0.0, 0.0, 1.0) if args.criteria else (0.55, 0.0, None)
+    return tuple(default if value is None else value for value, default in zip((args.strength, args.anchor, args.beta), defaults))
+
+
+def painted(args, data, auxiliary, columns):
+    """The first --paint pictures of the data as the auxiliary paints them with the chosen leaves positive and the rest as annotated.
+
+    A target that follows its goal soon sees such pictures at every noise level, and no others: what it learns at the data's own
+    would be the odds of a world in which the branch is still flawed (ours; docs/log.md)."""
+    data = data.take(range(min(args.paint, len(data))))
+    annotations = data.annotations.copy()                                 # (N, leaves)
+    annotations[:, columns] = 1
+    prompts = [data.criteria.prompt(caption, a) for caption, a in zip(data.captions, annotations)]
+    images = to_images(auxiliary.sample(prompts, steps=args.sampling_steps, seed=args.seed))
+    return replace(data, images=images, annotations=annotations)
 
 
 def preference_prompts(criteria, batch, columns, pairs):
@@ -86,7 +103,7 @@ def cpo_step(args, data, reference, auxiliary, columns):
     """The loss of one CPO step: one noised batch, four predictions (E2), the targets moved towards the reference if so asked (E18).
 
     Method esd (2303.07345): plain regression to the target guided at scale 1 / (1 - k), where `constant` ends (E17)."""
-    strength, anchor = strength_and_anchor(args)
+    strength, anchor, beta = branch_defaults(args)
 
     def loss_step(target, generator):
         batch = draw(data, args.batch, generator)
@@ -106,14 +123,14 @@ def cpo_step(args, data, reference, auxiliary, columns):
         eps = target(xt, t, plain)
         if args.method == "esd":
             return *sft_loss(eps, guide(z_win, z_lose, 1 / (1 - strength))), t
-        return *cpo_loss(eps, eps_ref, z_win, z_lose, args.beta, args.stabilizer or "constant", strength), t
+        return *cpo_loss(eps, eps_ref, z_win, z_lose, beta, args.stabilizer or "constant", strength), t
     return loss_step
 
 
 def dpo_step(args, data, reference, columns):
     """The loss of one Diffusion-DPO step (E8): pairs of pictures with one caption, fewer against more negative attributes."""
     rule, beta = args.stabilizer or "none", 200.0 if args.beta is None else args.beta
-    strength, _ = strength_and_anchor(args)                               # one x_t a picture: nothing to anchor
+    strength = branch_defaults(args)[0]                                   # one x_t a picture: nothing to anchor
     badness = (data.annotations[:, columns] < 0).sum(1)
     groups = {caption: np.flatnonzero(np.array(data.captions) == caption) for caption in set(data.captions)}
 
@@ -159,6 +176,8 @@ def method_step(args, data, reference, auxiliary):
         return sft_step(args, best_part(args, train, columns), caption_prompts)
     if args.method == "dpo":
         return dpo_step(args, train, reference, columns)
+    if args.criteria and args.paint:
+        train = painted(args, train, auxiliary, columns)
     return cpo_step(args, train, reference, auxiliary, columns)
 
 
@@ -173,6 +192,8 @@ def align_weights(args):
     (nanocpo/sd/report.py); returns that report (or the last log line with --samples 0)."""
     if args.method == "dpo":
         raise ValueError("--method dpo needs pairs of pictures of one shape and caption; with --weights use cpo or sft")
+    if args.paint:
+        raise ValueError(f"--paint {args.paint}: with --weights CPO trains on the folder's own pictures; leave it out")
     if args.samples == 1:
         raise ValueError("--samples 1: an interval needs two pictures at least; 0 leaves the report out")
     data, base = finetune.start(args)

@@ -87,7 +87,7 @@ def faults(text):
 
 def test_every_equation_has_code_and_test_that_cite_it():
     assert not faults(TEXT), "\n".join(faults(TEXT))
-    assert len(parse_table(TEXT)) == 19
+    assert len(parse_table(TEXT)) == 20
 
 
 @pytest.mark.parametrize("old, new, complaint", [
@@ -292,6 +292,26 @@ def test_anchored_targets_keep_the_margin_and_end_beside_the_reference():
     eps = (eps_ref + (z_win - z_0) + k / (1 - k) * (z_win - z_lose)).requires_grad_()
     loss, _ = cpo_loss(eps, eps_ref, moved_win, moved_lose, 0.1, "constant", k)
     close(torch.autograd.grad(loss, eps)[0], 0.0, 1e-12)
+
+
+def test_unseen_contexts_are_weighted_unless_beta_is_small():
+    """One x_t, two contexts, one output for both. With `winner` its gradient is sum_j w_j (eps - z_win^j), w_j = beta_j sigma(-u_j), so it ends
+    at their mean with these weights (E20). With beta = 4 / gap they start at the inverse ratio of the gaps, a large beta ends with most
+    weight on the small gap, a small one leaves them equal."""
+    z_win = torch.tensor([1.0, 0.6], dtype=torch.float64).view(2, 1, 1, 1)
+    d = torch.tensor([1.0, 0.2], dtype=torch.float64)             # the gap's two values; their squares are 1 and 0.04
+    eps_ref = torch.zeros_like(z_win)
+
+    def weights(beta, eps):
+        """The two w_j at this output, after comparing the gradient there with the formula."""
+        eps = torch.tensor(eps, dtype=torch.float64, requires_grad=True)
+        loss, logs = cpo_loss(eps.expand(2, 1, 1, 1), eps_ref, z_win, z_win - d.view(2, 1, 1, 1), beta, "winner")
+        w = (4 / d ** 2 if beta is None else beta) * torch.sigmoid(-logs["margin"])
+        close(torch.autograd.grad(loss, eps)[0], (w * (eps.detach() - z_win.flatten())).mean(), 1e-12)
+        return (w[1] / w[0]).item()
+    assert weights(None, 0.0) == pytest.approx(25)
+    assert weights(20.0, 0.8) > 1e4
+    assert weights(0.001, 0.0) == 1 and weights(0.001, 0.8) == pytest.approx(1, abs=1e-3)
 
 
 @pytest.mark.parametrize("lean", [0.7, 0.4])

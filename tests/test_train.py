@@ -241,7 +241,35 @@ def test_a_branch_is_pulled_more_gently_unless_told_otherwise():
     parser = argparse.ArgumentParser()
     train_cpo.add_cpo_arguments(parser)
     flags = ("", "--criteria Tone", "--strength 0 --anchor 1", "--criteria Tone --strength 0.9 --anchor 0")
-    assert [train_cpo.strength_and_anchor(parser.parse_args(f.split())) for f in flags] == [(0.55, 0), (0, 0.5), (0, 1), (0.9, 0)]
+    assert [train_cpo.branch_defaults(parser.parse_args(f.split())) for f in flags] == [(0.55, 0, None), (0, 0, 1), (0, 1, None), (0.9, 0, 1)]
+
+
+def test_a_branch_is_learned_at_pictures_that_are_right_in_it(monkeypatch):
+    """--paint: what the auxiliary paints when the branch is positive and the rest as annotated; and the step draws from these."""
+    args, columns = cpo_arguments("--criteria", "Tone", "--paint", "7"), CRITERIA.columns(["Tone"])
+    base, auxiliary, asked = tiny_model().frozen_copy(), tiny_model(seed=5).frozen_copy(), []
+
+    def sampled(prompts, steps, seed):
+        asked.extend(prompts)
+        return torch.full((len(prompts), 3, 32, 32), 0.5)
+    monkeypatch.setattr(auxiliary, "sample", sampled)
+    train = DATA.split("train")
+    new = train_cpo.painted(args, train, auxiliary, columns)
+    others = [i for i in range(len(CRITERIA)) if i not in columns]
+    assert len(new) == 7 and new.captions == train.captions[:7] and (new.images == 191).all()
+    assert (new.annotations[:, columns] == 1).all() and (new.annotations[:, others] == train.annotations[:7, others]).all()
+    assert (train.annotations[:7, columns] < 0).any()             # the data themselves stay
+    assert asked == [CRITERIA.prompt(c, a) for c, a in zip(new.captions, new.annotations)]
+
+    def drawn(*flags):
+        step, seen = train_cpo.method_step(cpo_arguments(*flags), DATA, base, auxiliary), []
+        with monkeypatch.context() as patch:
+            patch.setattr(train_cpo, "noised", lambda model, images, *rest: seen.append(images) or noised(model, images, *rest))
+            step(base, torch.Generator().manual_seed(0))
+        return seen[0]
+    grey = lambda images: (images - 0.5).abs().max() < 0.01
+    assert grey(drawn("--criteria", "Tone", "--paint", "7"))
+    assert not grey(drawn("--criteria", "Tone", "--paint", "0")) and not grey(drawn("--paint", "7"))
 
 
 def test_cpo_leans_to_noisy_timesteps_as_told():

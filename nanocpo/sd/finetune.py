@@ -25,7 +25,7 @@ from .weights import WeightsError, load_parts
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # what the scripts' flags default to with --weights; ours, not tuned on real weights
 TRAINING = {"batch": 1, "sft_steps": 2000, "sft_lr": 1e-4, "steps": 500, "lr": 1e-4, "sample_every": 0, "samples": 16,
-            "sampling_steps": 20, "guidance": 7.5}
+            "sampling_steps": 20, "guidance": 7.5, "paint": 0}
 SAMPLING = {"guidance": 7.5, "steps": 30, "count": 1}
 
 
