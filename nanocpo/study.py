@@ -47,7 +47,8 @@ METHODS = {
 SAMPLERS = {"base": ("base", "plain"), "auxiliary prompted": ("auxiliary", "prompted"), "auxiliary guided": ("auxiliary", "guided")}
 SPEED = {rule: dict(stabilizer=rule, strength=STRENGTH[rule]) for rule in RULES}
 SPEED["none, slower"] = dict(stabilizer="none", lr=5e-5)          # the rate at which vanilla does best (study methods)
-DOSES = {f"a {a:g}": dict(anchor=a) for a in (0.0, 0.2, 0.4)}      # of decoupling: how far both targets are moved to the reference (E18)
+# Of decoupling: how far both targets are moved to the reference (E18); below k 0 the target also stops short of z_win (E12).
+DOSES = {"a 0": dict(anchor=0.0), "a 0.4": dict(anchor=0.4), "a 0.4, k -0.3": dict(anchor=0.4, strength=-0.3)}
 LEVELS = {                                    # of the annotation study: shares of all leaves that are judged, of verdicts that are wrong
     "as painted": (0.9, 0.0), "75 % judged": (0.75, 0.0), "50 % judged": (0.5, 0.0), "25 % judged": (0.25, 0.0), "10 % judged": (0.1, 0.0),
     "5 % wrong": (0.9, 0.05), "10 % wrong": (0.9, 0.1), "20 % wrong": (0.9, 0.2)}
