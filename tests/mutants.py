@@ -144,7 +144,7 @@ MUTANTS = [
     *_all("nanocpo/criteria.py",
           ("if states[i] == -side", "if False", "an attribute may be positive and negative"),
           ("a.negative for a, s in pairs if s < 0", "a.negative for a, s in pairs if s <= 0", "what was not judged counts as negative"),
-          ("if any(tree is parent for parent in seen)", "if False", "a tree that contains itself")),
+          ("if any(tree is parent for parent in above)", "if False", "a tree that contains itself")),
     *_all("nanocpo/critic.py",
           ("np.where(scores > 0, 1, -1)", "np.where(scores > 0, -1, 1)", "verdicts upside down"),
           ("np.minimum(turn, 1 - turn)", "turn", "hues do not wrap around"),
