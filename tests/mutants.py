@@ -157,7 +157,7 @@ MUTANTS = [
           ("range(0, 8)", "range(0, 9)", "validation pictures are trained on"),
           (">= math.ceil(len(names) / 3)", ">= math.floor(len(names) / 3)", "a third is rounded down"),
           (".float() / 127.5 - 1", ".float() / 255", "pictures in [0, 1] for a model of [-1, 1]"),
-          ("if not inside:", "if False:", "a line may read any file of the machine"),
+          ("path.resolve().relative_to(folder.resolve())", "path.resolve()", "a line may read any file of the machine"),
           ("ImageOps.exif_transpose(image)", "image", "photographs lie on their side")),
     *_all("nanocpo/evaluate.py",
           ("/ len(values) ** 0.5", "/ len(values)", "intervals far too narrow"),
