@@ -18,13 +18,6 @@ from nanocpo.sd import finetune
 from nanocpo.train import pick_device
 
 
-def attributes(criteria, words, side):
-    """Words from the command line (phrases, leaf names, "all") -> an annotation with this side (+1 or -1) only."""
-    if words == ["all"]:
-        words = [leaf.name for leaf in criteria.leaves]
-    return criteria.annotation(words, ()) if side > 0 else criteria.annotation((), words)
-
-
 def main(argv=None):
     """Parse the flags, sample, write the grid; returns the pictures uint8 (N, H, W, 3)."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
@@ -48,13 +41,13 @@ def main(argv=None):
         return finetune.paint(args)
     model = load_model(args.checkpoint, pick_device(args.device))
     criteria = model.criteria
-    positive, negative = attributes(criteria, args.positive, 1), attributes(criteria, args.negative, -1)
+    good, bad = ([leaf.name for leaf in criteria.leaves] if words == ["all"] else words for words in (args.positive, args.negative))
     captions = [c for c in args.caption or model.captions for _ in range(args.count)]
-    if args.guidance == 1:                                                # one prompt may carry both sides
-        both = np.where(positive != 0, positive, negative)
-        prompts, away = [criteria.prompt(c, both) for c in captions], None
+    if args.guidance == 1:                                                # one prompt carries both sides
+        prompts, away = [criteria.prompt(c, criteria.annotation(good, bad)) for c in captions], None
     else:
-        prompts, away = ([criteria.prompt(c, side) for c in captions] for side in (positive, negative))
+        prompts = [criteria.prompt(c, criteria.annotation(good)) for c in captions]
+        away = [criteria.prompt(c, criteria.annotation((), bad)) for c in captions]
     images = to_images(model.sample(prompts, away, args.guidance, args.steps, args.eta, args.seed))
     labels = list(captions)
     if args.judge:

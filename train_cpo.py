@@ -80,23 +80,17 @@ def painted(args, data, auxiliary, columns):
 
 
 def preference_prompts(criteria, batch, columns, pairs):
-    """The auxiliary's two prompts for each picture: B winners, B losers. `columns` are the leaves to align on; the rest of the
-    annotation, the context, stands in both prompts alike, so that the gap between the two is about the chosen leaves only (E2).
+    """The auxiliary's prompts for each picture: B winners, B losers, and B without the leaves to align on, `columns`. The rest of
+    the annotation, the context, stands in all three alike, so that the gap between the first two is about these leaves only (E2).
 
     own: the picture's own positive against its own negative attributes (the paper's A_pos and A_neg);
     completed (ours): each negative attribute's positive twin joins the winner; opposite (ours): all positive against all negative."""
     chosen = np.isin(np.arange(len(criteria)), columns)
-    win, lose = batch.annotations.copy(), batch.annotations.copy()        # (B, leaves)
+    win, lose, context = (batch.annotations.copy() for _ in range(3))     # each (B, leaves)
     win[chosen & (win < 0)] = 0 if pairs == "own" else 1
     lose[chosen & (lose > 0)] = -1 if pairs == "opposite" else 0
-    return tuple([criteria.prompt(c, a) for c, a in zip(batch.captions, side)] for side in (win, lose))
-
-
-def context_prompts(criteria, batch, columns):
-    """The prompts of preference_prompts without the leaves to align on: what both sides share, neither good nor bad."""
-    context = batch.annotations.copy()                                    # (B, leaves)
     context[:, columns] = 0
-    return [criteria.prompt(c, a) for c, a in zip(batch.captions, context)]
+    return tuple([criteria.prompt(c, a) for c, a in zip(batch.captions, side)] for side in (win, lose, context))
 
 
 def cpo_step(args, data, reference, auxiliary, columns):
@@ -110,9 +104,7 @@ def cpo_step(args, data, reference, auxiliary, columns):
         t = draw_t(args.batch, target.diffusion.steps, generator, args.lean)
         xt, t, _, _ = noised(target, batch.images, generator, t)
         plain = target.text.tokens([data.criteria.prompt(caption) for caption in batch.captions])
-        prompts = list(preference_prompts(data.criteria, batch, columns, args.pairs))
-        if anchor:
-            prompts.append(context_prompts(data.criteria, batch, columns))
+        prompts = preference_prompts(data.criteria, batch, columns, args.pairs)[:3 if anchor else 2]
         with torch.no_grad():
             eps_ref = reference(xt, t, plain)
             # all in one batch: their small differences must not be differences of kernels
@@ -158,22 +150,13 @@ def dpo_step(args, data, reference, columns):
     return loss_step
 
 
-def best_part(args, data, columns):
-    """The pictures with the fewest negative attributes: what the simple baseline, --method sft, is fine-tuned on."""
-    badness = (data.annotations[:, columns] < 0).sum(1)
-    return data.take(np.argsort(badness, kind="stable")[:max(1, round(len(data) * args.best))])
-
-
-def chosen_columns(args, criteria):
-    """The leaves of --criteria, or all."""
-    return criteria.columns(args.criteria) if args.criteria else list(range(len(criteria)))
-
-
 def method_step(args, data, reference, auxiliary):
     """The loss of one step of --method, on the training part of the data and the leaves of --criteria."""
-    train, columns = data.split("train"), chosen_columns(args, data.criteria)
-    if args.method == "sft":
-        return sft_step(args, best_part(args, train, columns), caption_prompts)
+    train, columns = data.split("train"), data.criteria.columns(args.criteria)
+    if args.method == "sft":                                              # on the pictures with the fewest negative attributes
+        badness = (train.annotations[:, columns] < 0).sum(1)
+        best = np.argsort(badness, kind="stable")[:max(1, round(len(train) * args.best))]
+        return sft_step(args, train.take(best), caption_prompts)
     if args.method == "dpo":
         return dpo_step(args, train, reference, columns)
     if args.criteria and args.paint:
@@ -203,7 +186,7 @@ def align_weights(args):
     target, line = finetune.train(args, base, method_step(args, data, base, auxiliary), args.name, args.steps, args.lr)
     if args.samples == 0:
         return line
-    columns = chosen_columns(args, data.criteria)
+    columns = data.criteria.columns(args.criteria)
     evenly = changed(args, method="cpo", lean=1.0)                        # so that every timestep bin is measured
     return report_weights(args, data, base, auxiliary, target, columns, cpo_step(evenly, held_out(data), base, auxiliary, columns))
 
@@ -217,8 +200,8 @@ def report(args, base, auxiliary, target, seconds):
     key = rows_key([base, auxiliary], args.samples, args.seed, args.sampling_steps, args.guidance)
     kept = json.loads((out / "rows.json").read_text()) if (out / "rows.json").exists() else {}
     known = kept["rows"] if kept.get("key") == key else {}
-    result, pictures = evaluate({name: pair for name, pair in models.items() if name == args.name or name not in known}, base.criteria,
-                         base.captions, args.samples, args.seed, args.sampling_steps, args.guidance)
+    missing = {name: pair for name, pair in models.items() if name == args.name or name not in known}
+    result, pictures = evaluate(missing, args.samples, args.seed, args.sampling_steps, args.guidance)
     result["rows"] = {name: (known | result["rows"])[name] for name in models}
     result["seconds"] = {"training": seconds, "evaluation": time.time() - start}
     stem = report_stem(args.name)

@@ -63,7 +63,7 @@ def train_base(args, data, device):
     """The base model from nothing, on plain captions -> OUT/base.pt."""
     torch.manual_seed(args.seed)
     model = Model(data.criteria, sorted(set(data.captions))).to(device)
-    return run_stage(args, model, sft_step(args, data.split("train"), caption_prompts), "base", args.base_steps, args.base_lr, kinds=("plain",))
+    return run_stage(args, model, sft_step(args, data.split("train"), caption_prompts), "base", args.base_steps, args.base_lr)
 
 
 def train_auxiliary(args, data, base):
@@ -84,24 +84,28 @@ def run_stage(args, model, loss_step, name, steps, lr, kinds=("plain",), watch=N
         titles = [f"{name}, step {step}: {kind} prompt" for kind in kinds]
         save_grid(Path(args.out) / "samples" / f"{name}_{step:05d}.png", images, captions * len(kinds), titles=titles)
 
-    return fit(model, loss_step, Recipe(steps=steps, lr=lr, batch=args.batch), Path(args.out) / f"{name}.pt", name=name,
+    return fit(model, loss_step, Recipe(steps, lr), Path(args.out) / f"{name}.pt", name=name,
                seed=args.seed, bf16=args.bf16, resume=args.resume, save_every=args.save_every, pictures=watch or pictures,
                sample_every=args.sample_every)
 
 
 def ensure_models(args, data):
     """(base, auxiliary): loaded where a finished checkpoint exists in OUT, trained where none does."""
-    device, out, models = pick_device(args.device), Path(args.out), {}
-    for name, make in (("base", lambda: train_base(args, data, device)), ("auxiliary", lambda: train_auxiliary(args, data, models["base"]))):
-        path = Path(args.base) if name == "base" and args.base else out / f"{name}.pt"
-        if path == out / f"{name}.pt" and not finished(path):
-            make()
-        models[name] = load_model(path, device)
-        if models[name].criteria.to_dict() != data.criteria.to_dict():
-            raise ValueError(f"{path} was trained with another tree than {args.data}; choose another --out, or delete the file")
-        if set(data.captions) - set(models[name].text.captions):
-            raise ValueError(f"{path} does not know all captions of {args.data}; choose another --out, or delete the file")
-    return models["base"], models["auxiliary"]
+    device, out = pick_device(args.device), Path(args.out)
+
+    def fitting(path):
+        """The model in this file; an error if it was not made for this data."""
+        model = load_model(path, device)
+        if model.criteria.to_dict() != data.criteria.to_dict() or set(data.captions) - set(model.captions):
+            raise ValueError(f"{path} was trained with another tree or other captions than those of {args.data}; choose another --out, "
+                             "or delete the file")
+        return model
+    if not args.base and not finished(out / "base.pt"):
+        train_base(args, data, device)
+    base = fitting(args.base or out / "base.pt")
+    if not finished(out / "auxiliary.pt"):
+        train_auxiliary(args, data, base)
+    return base, fitting(out / "auxiliary.pt")
 
 
 def main(argv=None):

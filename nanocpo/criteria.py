@@ -5,6 +5,7 @@ Color Relations, Brushstroke and Texture). The tree in paintings.json is ours: s
 
 An *annotation* is an int8 array with one number per leaf: +1 (positive), -1 (negative), 0 (not judged).
 """
+import copy
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,8 +27,8 @@ class Prompt:
     negative: tuple[str, ...] = ()
 
     def __str__(self):
-        return "; ".join([self.caption] + [f"{side}: {', '.join(phrases)}" for side, phrases in
-                                           (("good", self.positive), ("bad", self.negative)) if phrases])
+        sides = (("good", self.positive), ("bad", self.negative))
+        return "; ".join([self.caption] + [f"{side}: {', '.join(phrases)}" for side, phrases in sides if phrases])
 
 
 @dataclass(frozen=True)
@@ -55,14 +56,15 @@ class Criteria:
 
     def __init__(self, tree):
         """tree: a dict as in paintings.json. Raises CriteriaError with the path of the first fault."""
-        self.tree = _build(tree, above=(), seen=())
+        self.tree, self._dict = _build(tree), copy.deepcopy(tree)
         self.leaves = self.tree.leaves()
         self.roots = self.tree.children
         if not self.roots:
             raise CriteriaError(f"'{self.tree.name}' has no children: a tree needs at least one leaf below its top")
         self._place = {}                                          # phrase or path or name -> (leaf index, side or 0)
+        names = [node.name for node in self.tree.walk()]
         for node in self.tree.walk():
-            if any(other.name == node.name and other is not node for other in self.tree.walk()):
+            if names.count(node.name) > 1:
                 raise CriteriaError(f"{node.path or node.name}: the name '{node.name}' occurs twice; names must be unique")
         for i, leaf in enumerate(self.leaves):
             for key, side in ((leaf.name, 0), (leaf.path, 0), (leaf.positive, 1), (leaf.negative, -1)):
@@ -75,18 +77,12 @@ class Criteria:
         """Read a tree from a JSON file. Raises CriteriaError that names the file."""
         try:
             return cls(json.loads(Path(path).read_text(encoding="utf-8")))
-        except CriteriaError as error:
-            raise CriteriaError(f"{path}: {error}") from error
-        except (OSError, ValueError, RecursionError) as error:    # not UTF-8, not JSON, thousands of brackets
-            raise CriteriaError(f"{path}: cannot read a criteria tree ({error})") from error
+        except (OSError, ValueError, RecursionError) as error:    # a bad tree, not UTF-8, not JSON, thousands of brackets
+            raise CriteriaError(f"{path}: cannot read a criteria tree: {error}") from error
 
     def to_dict(self):
         """The tree as the dict it was made from (for checkpoints and exported folders)."""
-        def dump(node):
-            if not node.children:
-                return {"name": node.name, "positive": node.positive, "negative": node.negative}
-            return {"name": node.name, "children": [dump(child) for child in node.children]}
-        return dump(self.tree)
+        return copy.deepcopy(self._dict)
 
     def __deepcopy__(self, memo):
         return self                                               # nothing changes a tree: copies of a model share it
@@ -109,8 +105,10 @@ class Criteria:
                 return node
         raise CriteriaError(f"no dimension '{name}'; there are: " + ", ".join(n.name for n in self.tree.walk()))
 
-    def columns(self, names):
-        """Indices, in `leaves`, of all leaves below the named nodes (one name or several): how a branch is chosen."""
+    def columns(self, names=None):
+        """Indices, in `leaves`, of all leaves below the named nodes (one name or several; None: all): how a branch is chosen."""
+        if names is None:
+            return list(range(len(self)))
         names = [names] if isinstance(names, str) else names
         chosen = {leaf.path for name in names for leaf in self.find(name).leaves()}
         return [i for i, leaf in enumerate(self.leaves) if leaf.path in chosen]
@@ -156,28 +154,27 @@ class Criteria:
         return Prompt(caption, tuple(a.positive for a, s in pairs if s > 0), tuple(a.negative for a, s in pairs if s < 0))
 
 
-def _build(tree, above, seen):
-    """dict -> Node, checking each level. `above` are the names from the top, `seen` the dicts (to catch a cycle)."""
-    where = "/".join(above[1:]) or (above[0] if above else "the top")
+def _build(tree, above=()):
+    """dict -> Node, checking each level. `above` are the dicts from the top to here."""
+    names = [parent["name"] for parent in above]
+    where = "/".join(names[1:] or names) or "the top"
     if not isinstance(tree, dict):
         raise CriteriaError(f"below {where}: a node is an object with a 'name', not {tree!r}")
-    if any(tree is parent for parent in seen):
-        raise CriteriaError(f"below {where}: '{tree.get('name')}' contains itself; a tree has no cycles")
     name = tree.get("name")
+    if any(tree is parent for parent in above):
+        raise CriteriaError(f"below {where}: '{name}' contains itself; a tree has no cycles")
     if not isinstance(name, str) or not name.strip() or "/" in name:
         raise CriteriaError(f"below {where}: the name {name!r} is empty or contains '/'")
-    names = above + (name,)
-    path = "/".join(names[1:])
-    unknown = set(tree) - {"name", "children", "positive", "negative"}
-    if unknown:
-        raise CriteriaError(f"{path or name}: unknown keys {sorted(unknown, key=str)}")
+    path = "/".join([*names, name][1:])
+    here = path or name
+    wrong = set(tree) - ({"name", "children"} if "children" in tree else {"name", "positive", "negative"})
+    if wrong:
+        raise CriteriaError(f"{here}: a node has a name, and children or a pair of phrases; remove {sorted(wrong, key=str)}")
     if "children" in tree:
-        if "positive" in tree or "negative" in tree:
-            raise CriteriaError(f"{path or name}: a node has either children or a pair of phrases, not both")
         if not isinstance(tree["children"], list) or not tree["children"]:
-            raise CriteriaError(f"{path or name}: 'children' must be a list that is not empty")
-        return Node(name, path, tuple(_build(child, names, seen + (tree,)) for child in tree["children"]))
+            raise CriteriaError(f"{here}: 'children' must be a list that is not empty")
+        return Node(name, path, tuple(_build(child, above + (tree,)) for child in tree["children"]))
     for side in ("positive", "negative"):
         if not isinstance(tree.get(side), str) or not tree[side].strip():
-            raise CriteriaError(f"{path or name}: the pair has no '{side}' phrase; a leaf needs both")
+            raise CriteriaError(f"{here}: the pair has no '{side}' phrase; a leaf needs both")
     return Node(name, path, (), tree["positive"], tree["negative"])

@@ -12,9 +12,9 @@ def cosine_alpha_bar(steps=1000):
     return torch.cumprod(1 - (1 - f[1:] / f[:-1]).clamp(max=0.999), 0)
 
 
-def scaled_linear_alpha_bar(steps=1000, start=0.00085, end=0.012):
+def scaled_linear_alpha_bar(steps=1000):
     """alpha_bar (steps,) float64 of Stable Diffusion's schedule: beta is the square of a line (2112.10752)."""
-    return torch.cumprod(1 - torch.linspace(start ** 0.5, end ** 0.5, steps, dtype=torch.float64) ** 2, 0)
+    return torch.cumprod(1 - torch.linspace(0.00085 ** 0.5, 0.012 ** 0.5, steps, dtype=torch.float64) ** 2, 0)
 
 
 SCHEDULES = {"cosine": cosine_alpha_bar, "scaled_linear": scaled_linear_alpha_bar}

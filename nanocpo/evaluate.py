@@ -2,8 +2,7 @@
 
     python -m nanocpo.evaluate out/target.pt --samples 512
 
-This is exact because the critic knows the painter. Of real pictures (`train_cpo.py --weights`) no exact critic exists: nothing is counted
-there, and nanocpo/sd/report.py says what can be measured honestly instead.
+This is exact because the critic knows the painter. What can be said of real pictures is in nanocpo/sd/report.py.
 """
 import argparse
 import hashlib
@@ -17,7 +16,6 @@ from .criteria import Criteria
 from .critic import judge
 from .data import from_painter, to_images
 from .model import fingerprint, load_model
-from .painter import CAPTIONS
 
 
 def all_prompts(criteria, captions):
@@ -53,19 +51,19 @@ def frechet(a, b):
     return float(((mean[0] - mean[1]) ** 2).sum() + np.trace(cov[0]) + np.trace(cov[1]) - 2 * cross)
 
 
-def measure_row(images, captions, criteria, real=None):
+def measure_row(images, captions, criteria, real):
     """Pictures uint8 (N, 32, 32, 3) and the captions they were asked for -> a dict of numbers (one row of the report).
     real: the Verdicts of held-out all-positive paintings, for the Fréchet distance."""
     verdicts = judge(images, criteria)
     negative = verdicts.signs < 0                                                    # (N, leaves)
-    neg, ci = interval(negative.sum(1))
-    row = {"neg": neg, "neg_ci": ci, "pos": interval((~negative).sum(1))[0], "pos_ci": interval((~negative).sum(1))[1],
-           "caption": float(np.mean([a == b for a, b in zip(verdicts.captions, captions)])),
-           "diversity": diversity(images, list(captions)),
-           "frechet": frechet(np.clip(verdicts.scores, -3, 3), np.clip(real.scores, -3, 3)) if real is not None else None}
-    row["by_root"] = {root.name: float(negative[:, criteria.columns(root.name)].sum(1).mean()) for root in criteria.roots}
-    row["by_leaf"] = {leaf.name: float(share) for leaf, share in zip(criteria.leaves, negative.mean(0))}
-    return row
+    neg, neg_ci = interval(negative.sum(1))
+    pos, pos_ci = interval((~negative).sum(1))
+    return {"neg": neg, "neg_ci": neg_ci, "pos": pos, "pos_ci": pos_ci,
+            "caption": float(np.mean([a == b for a, b in zip(verdicts.captions, captions)])),
+            "diversity": diversity(images, list(captions)),
+            "frechet": frechet(np.clip(verdicts.scores, -3, 3), np.clip(real.scores, -3, 3)),
+            "by_root": {root.name: float(negative[:, criteria.columns(root.name)].sum(1).mean()) for root in criteria.roots},
+            "by_leaf": {leaf.name: float(share) for leaf, share in zip(criteria.leaves, negative.mean(0))}}
 
 
 @cache
@@ -76,20 +74,22 @@ def real_positive(criteria, count, seed=0):
     return measure_row(data.images, data.captions, criteria, verdicts), verdicts
 
 
-def evaluate(models, criteria, captions=CAPTIONS, samples=512, seed=0, steps=12, guidance=2.0):
-    """{row name: (model, kind)} -> the report: {"rows": {name: row}, "real_positive": row, ...}, and {name: images}.
+def evaluate(models, samples=512, seed=0, steps=12, guidance=2.0):
+    """{row name: (model, kind)} of one tree and its captions -> the report: {"rows": {name: row}, "real_positive": row, ...}, and
+    {name: images}.
 
     kind: "plain" (the caption only), "prompted" (every positive attribute in the prompt), "guided" (the same, guided away from
     every negative one). All rows start from the same noise. Raises ValueError if the critic has no measure for the tree."""
-    asked = [captions[i % len(captions)] for i in range(samples)]
-    plain, positive, negative = all_prompts(criteria, asked)
-    reference, real = real_positive(criteria, samples, seed)
+    first, _ = next(iter(models.values()))
+    asked = [first.captions[i % len(first.captions)] for i in range(samples)]
+    plain, positive, negative = all_prompts(first.criteria, asked)
+    reference, real = real_positive(first.criteria, samples, seed)
     rows, pictures = {}, {}
     for name, (model, kind) in models.items():
         prompts = plain if kind == "plain" else positive
         images = model.sample(prompts, negative if kind == "guided" else None, guidance if kind == "guided" else 1.0, steps, seed=seed)
         pictures[name] = to_images(images)
-        rows[name] = measure_row(pictures[name], asked, criteria, real)
+        rows[name] = measure_row(pictures[name], asked, first.criteria, real)
     return {"rows": rows, "real_positive": reference, "samples": samples, "seed": seed, "sampling_steps": steps}, pictures
 
 
@@ -130,12 +130,10 @@ def main(argv=None):
     parser.add_argument("--json", help="also write the report to this file")
     args = parser.parse_args(argv)
     models = {path: (load_model(path, args.device), args.kind) for path in args.checkpoints}
-    first = next(iter(models.values()))[0]
-    report, _ = evaluate(models, first.criteria, first.captions, args.samples, args.seed, args.steps, args.guidance)
+    report, _ = evaluate(models, args.samples, args.seed, args.steps, args.guidance)
     print(table(report))
     if args.json:
-        with open(args.json, "w") as file:
-            json.dump(report, file, indent=1)
+        Path(args.json).write_text(json.dumps(report, indent=1))
     return report
 
 

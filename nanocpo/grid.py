@@ -1,17 +1,16 @@
 """Pictures of pictures: an enlarged grid with a line or two of text under each."""
 from pathlib import Path
 
-import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 
-def draw_grid(images, labels=None, columns=8, zoom=4, titles=None):
-    """images uint8 (N, H, W, 3), labels: N strings (lines split by a newline) or None, titles: one string a row, drawn above it.
-    Returns a PIL image; pictures are enlarged without smoothing, so that every pixel can be seen."""
+def save_grid(path, images, labels=None, columns=8, zoom=4, titles=None):
+    """A PNG file, and its folder, of images uint8 (N, H, W, 3), enlarged without smoothing, so that every pixel can be seen.
+    labels: N strings (lines split by a newline) or None; titles: one string a row, drawn above it."""
     count, height, width = images.shape[:3]
     rows, cell_w, cell_h = -(-count // columns), width * zoom, height * zoom
     font, line = ImageFont.load_default(11), 14
-    text_h = line * max((label.count("\n") + 1 for label in labels), default=0) if labels else 0
+    text_h = line * max((label.count("\n") + 1 for label in labels or ()), default=0)
     title_h = 22 if titles else 0
     step_w, step_h = cell_w + 4, cell_h + text_h + title_h + 4
     sheet = Image.new("RGB", (columns * step_w + 4, rows * step_h + 4), "white")
@@ -26,10 +25,5 @@ def draw_grid(images, labels=None, columns=8, zoom=4, titles=None):
                 pen.text((x + 1, y + cell_h + k * line), text, fill="black", font=font)
     for row, title in enumerate(titles or []):
         pen.text((6, 6 + row * step_h), title, fill="black", font=ImageFont.load_default(14))
-    return sheet
-
-
-def save_grid(path, images, labels=None, **options):
-    """draw_grid into a PNG file; makes the folder."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    draw_grid(np.asarray(images), labels, **options).save(path)
+    sheet.save(path)

@@ -112,9 +112,7 @@ def make_in_process(args, run):
 
 def measured(lab, args, model, kind="plain"):
     """The report's row for a model, and a grid of its first pictures beside the run's file."""
-    base = lab.models["base"]
-    report, pictures = evaluate({"row": (model, kind)}, base.criteria, base.captions, args.samples, args.seed, args.sampling_steps,
-                                args.guidance)
+    report, pictures = evaluate({"row": (model, kind)}, args.samples, args.seed, args.sampling_steps, args.guidance)
     save_grid(Path(args.out) / f"{args.name}.png", pictures["row"][:16], columns=8, zoom=3)
     return report["rows"]["row"] | {"real_diversity": report["real_positive"]["diversity"]}
 
@@ -195,7 +193,7 @@ class FreeOutputs(nn.Module):
 def gap_run(lab, args):
     """The gap per timestep bin for the three kinds of prompt pairs, and what one optimizer step does to the errors of its own batch."""
     base, auxiliary = lab.models["base"], lab.models["auxiliary"]
-    train, leaves = lab.data.split("train"), list(range(len(lab.data.criteria)))
+    train, leaves = lab.data.split("train"), lab.data.criteria.columns()
     gaps = {}
     for pairs in ("own", "completed", "opposite"):
         step, window = cpo_step(changed(args, pairs=pairs, lean=1.0), train, base, auxiliary, leaves), []

@@ -83,22 +83,18 @@ def preference_loss(win, lose, beta, lam, valid=None):
     return counted, {name: value.detach() for name, value in logs.items()}
 
 
-def dpo_loss(eps_win, ref_win, goal_win, eps_lose, ref_lose, goal_lose, beta=200.0, stabilizer="none", strength=0.0):
+def dpo_loss(eps_win, ref_win, goal_win, eps_lose, ref_lose, goal_lose, beta=200.0, stabilizer="none", strength=0.0, valid=None):
     """Diffusion-DPO (E8; 2311.12908, equation 14): a preferred and a rejected *picture*, at the same t and with the same noise.
 
     eps_*: the target's predictions at the two noised pictures, ref_*: the reference's, goal_*: the noise (or velocity) that was
-    added; all (B, C, H, W). stabilizer "safeguard" makes it SDPO (2511.03317)."""
+    added; all (B, C, H, W). stabilizer "safeguard" makes it SDPO (2511.03317). The four errors stand apart in the log: a falling
+    margin has different cures when the winner rises or the loser falls."""
     eps_win, eps_lose = wide(eps_win), wide(eps_lose)
     ref_win, goal_win, ref_lose, goal_lose = (wide(x.detach()) for x in (ref_win, goal_win, ref_lose, goal_lose))
     lam = restraint(stabilizer, (eps_win - goal_win).detach(), (eps_lose - goal_lose).detach(), strength)
-    loss, logs = preference_loss(_change(eps_win, ref_win, goal_win), _change(eps_lose, ref_lose, goal_lose), beta, lam)
-    return loss, logs | _errors(eps_win, ref_win, goal_win, eps_lose, ref_lose, goal_lose)
-
-
-def _errors(eps_win, ref_win, goal_win, eps_lose, ref_lose, goal_lose):
-    """The four errors for the log, apart: a falling margin has different cures when the winner rises or the loser falls."""
-    return {"winner": _error(eps_win, goal_win).detach(), "winner_ref": _error(ref_win, goal_win),
-            "loser": _error(eps_lose, goal_lose).detach(), "loser_ref": _error(ref_lose, goal_lose)}
+    loss, logs = preference_loss(_change(eps_win, ref_win, goal_win), _change(eps_lose, ref_lose, goal_lose), beta, lam, valid)
+    return loss, logs | {"winner": _error(eps_win, goal_win).detach(), "winner_ref": _error(ref_win, goal_win),
+                         "loser": _error(eps_lose, goal_lose).detach(), "loser_ref": _error(ref_lose, goal_lose)}
 
 
 def cpo_loss(eps, eps_ref, z_win, z_lose, beta=None, stabilizer="constant", strength=0.5):
@@ -107,14 +103,13 @@ def cpo_loss(eps, eps_ref, z_win, z_lose, beta=None, stabilizer="constant", stre
     One noised picture x_t, four predictions there, all (B, C, H, W): the target's and the reference's under the plain caption, and
     the frozen auxiliary model's towards the positive (z_win) and the negative attributes (z_lose):
         u = -1/2 beta [(|z_win - eps|^2 - |z_win - eps_ref|^2) - (|z_lose - eps|^2 - |z_lose - eps_ref|^2)]
-    Both targets share x_t, so u = beta <z_win - z_lose, eps - eps_ref> (E9).
+    This is Diffusion-DPO at one x_t; both targets share it, so u = beta <z_win - z_lose, eps - eps_ref> (E9).
     beta None takes 4 / |z_win - z_lose|^2 per sample (ours; E16): then u = 4 where eps has gone the whole way from z_lose to z_win,
     whatever the timestep. A sample with z_win = z_lose says nothing and is masked out."""
-    eps, eps_ref, z_win, z_lose = map(wide, (eps, eps_ref.detach(), z_win.detach(), z_lose.detach()))
-    gap = _error(z_win, z_lose)
+    eps, eps_ref, z_win, z_lose = map(wide, (eps, eps_ref, z_win, z_lose))
+    gap = _error(z_win, z_lose).detach()
     valid = gap > 0
     if beta is None:
         beta = torch.where(valid, 4 / gap.clamp(min=1e-12), torch.zeros_like(gap))
-    lam = restraint(stabilizer, (eps - z_win).detach(), (eps - z_lose).detach(), strength)
-    loss, logs = preference_loss(_change(eps, eps_ref, z_win), _change(eps, eps_ref, z_lose), beta, lam, valid)
-    return loss, logs | _errors(eps, eps_ref, z_win, eps, eps_ref, z_lose) | {"gap": gap}
+    loss, logs = dpo_loss(eps, eps_ref, z_win, eps, eps_ref, z_lose, beta, stabilizer, strength, valid)
+    return loss, logs | {"gap": gap}

@@ -63,7 +63,8 @@ def paint(caption, states, seed):
     if caption not in CAPTIONS:
         raise ValueError(f"this painter cannot paint '{caption}'; it knows: {', '.join(CAPTIONS)}")
     if not set(states) <= set(LEAVES):
-        raise ValueError(f"this painter cannot draw {sorted(set(states) - set(LEAVES))}; it knows: {', '.join(LEAVES)}")
+        raise ValueError(f"this painter cannot draw {sorted(set(states) - set(LEAVES))}; it knows: {', '.join(LEAVES)}. "
+                         "For another tree give a folder of pictures")
     subject = caption.removeprefix("a ")
     rng = np.random.default_rng(seed)
     chance, hue, mirror = rng.random(len(LEAVES)), rng.uniform(*HUES), rng.choice([-1, 1])

@@ -21,17 +21,14 @@ class Recipe:
     """How a stage is optimised. The values are ours; each script states its own."""
     steps: int
     lr: float                               # of AdamW's part; Muon's part takes ten times as much
-    batch: int = 32
     warmup: int = 50                        # steps of linear warm-up
     constant: float = 0.3                   # share of the run at full rate; then a line down to zero
     ema: float = 0.995                      # averaging of weights (with a shorter memory at the start)
     clip: float = 1.0                       # largest gradient norm
-    weight_decay: float = 0.01
 
     def lr_at(self, step):
         """Learning rate of step 0 .. steps-1."""
-        done = step / max(self.steps, 1)
-        return self.lr * min(1, (step + 1) / max(self.warmup, 1)) * min(1, (1 - done) / (1 - self.constant))
+        return self.lr * min(1, (step + 1) / self.warmup) * min(1, (1 - step / self.steps) / (1 - self.constant))
 
 
 def changed(args, **overrides):
@@ -82,7 +79,7 @@ def fit(model, loss_step, recipe, path, *, name, seed=0, bf16=False, resume=Fals
     path, device = Path(path), model.device
     generator = torch.Generator().manual_seed(seed)
     average = model.frozen_copy()
-    optimizer = Muon(model, recipe.lr, recipe.weight_decay)
+    optimizer = Muon(model, recipe.lr)
     first, lines, log_file = 0, [], path.with_suffix(".jsonl")
     if resume and path.exists():
         state = load_checkpoint(path, device)
@@ -97,11 +94,6 @@ def fit(model, loss_step, recipe, path, *, name, seed=0, bf16=False, resume=Fals
             lines = [line for line in log_file.read_text().splitlines() if json.loads(line)["step"] <= first]
     path.parent.mkdir(parents=True, exist_ok=True)
     log_file.write_text("".join(line + "\n" for line in lines))
-
-    def save(step):
-        save_atomic(path, {"config": model.config, "criteria": model.criteria.to_dict(), "model": model.state_dict(),
-                           "ema": average.state_dict(), "optimizer": optimizer.state_dict(), "step": step,
-                           "steps": recipe.steps, "rng": generator.get_state(), "name": name})
 
     window, start, line = [], time.time(), json.loads(lines[-1]) if lines else {}
     log_every = max(1, min(20, recipe.steps // 10))
@@ -133,7 +125,9 @@ def fit(model, loss_step, recipe, path, *, name, seed=0, bf16=False, resume=Fals
         if pictures and sample_every and (step + 1) % sample_every == 0:
             pictures(average, step + 1)
         if (step + 1) % save_every == 0 or step + 1 == recipe.steps:
-            save(step + 1)
+            save_atomic(path, {"config": model.config, "criteria": model.criteria.to_dict(), "model": model.state_dict(),
+                               "ema": average.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1,
+                               "steps": recipe.steps, "rng": generator.get_state(), "name": name})
     return average, line
 
 

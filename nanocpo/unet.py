@@ -98,17 +98,6 @@ class GEGLU(nn.Module):
         return value * F.gelu(gate)
 
 
-class FeedForward(nn.Module):
-    """GEGLU, dropout, linear; the wrapper gives the names ff.net.0.proj and ff.net.2."""
-
-    def __init__(self, dim, dropout):
-        super().__init__()
-        self.net = nn.Sequential(GEGLU(dim, 4 * dim), nn.Dropout(dropout), nn.Linear(4 * dim, dim))
-
-    def forward(self, x):
-        return self.net(x)
-
-
 class TransformerBlock(nn.Module):
     """Self-attention, cross-attention to the prompt, feed-forward; each is added to what it reads."""
 
@@ -117,13 +106,14 @@ class TransformerBlock(nn.Module):
         self.norm1, self.attn1 = nn.LayerNorm(dim), Attention(dim, heads, dropout=dropout)
         if context_dim:
             self.norm2, self.attn2 = nn.LayerNorm(dim), Attention(dim, heads, context_dim, dropout)
-        self.norm3, self.ff = nn.LayerNorm(dim), FeedForward(dim, dropout)
+        self.norm3 = nn.LayerNorm(dim)                                               # its names: ff.net.0.proj, ff.net.2
+        self.ff = nn.ModuleDict({"net": nn.Sequential(GEGLU(dim, 4 * dim), nn.Dropout(dropout), nn.Linear(4 * dim, dim))})
 
     def forward(self, x, context):
         x = x + self.attn1(self.norm1(x))
         if hasattr(self, "attn2"):
             x = x + self.attn2(self.norm2(x), context)
-        return x + self.ff(self.norm3(x))
+        return x + self.ff.net(self.norm3(x))
 
 
 class SpatialTransformer(nn.Module):
@@ -166,12 +156,11 @@ class Upsample(nn.Module):
 
 
 class Level(nn.Module):
-    """One level of the UNet: residual blocks, each followed by a transformer if the level has any; then a change of size."""
+    """One level of the UNet: residual blocks, the first `count` each followed by a transformer of this depth; then a change of size."""
 
-    def __init__(self, widths_in, width, heads, depth, time_dim, config, resize=None):
+    def __init__(self, widths_in, width, heads, depth, count, time_dim, config, resize=None):
         super().__init__()
         self.resnets = nn.ModuleList(ResBlock(c, width, time_dim, config.groups, config.dropout) for c in widths_in)
-        count = len(widths_in) if resize is not None else 1                          # the middle has one transformer only
         self.attentions = nn.ModuleList(SpatialTransformer(width, heads, depth, config) for _ in range(count if depth else 0))
         if resize:
             name, kind = resize
@@ -196,22 +185,22 @@ class UNet(nn.Module):
         self.conv_in = nn.Conv2d(config.in_channels, channels[0], 3, padding=1)
 
         def level(widths_in, i, resize):
-            return Level(widths_in, channels[i], config.heads[i], config.depth[i], time_dim, config, resize)
+            return Level(widths_in, channels[i], config.heads[i], config.depth[i], len(widths_in), time_dim, config, resize)
 
         last, skips, width = len(channels) - 1, [channels[0]], channels[0]
         self.down_blocks, self.up_blocks = nn.ModuleList(), nn.ModuleList()
         for i, c in enumerate(channels):
             self.down_blocks.append(level([width] + [c] * (config.layers - 1), i,
-                                          ("downsamplers", Downsample) if i < last else ()))
+                                          ("downsamplers", Downsample) if i < last else None))
             width = c
             skips += [c] * (config.layers + (i < last))
-        self.mid_block = Level([width] * 2, width, config.heads[-1], config.mid_depth, time_dim, config)
+        self.mid_block = Level([width] * 2, width, config.heads[-1], config.mid_depth, 1, time_dim, config)
         for i in reversed(range(last + 1)):
             widths_in = []
             for _ in range(config.layers + 1):
                 widths_in.append(width + skips.pop())                                # each block reads [x, skip]
                 width = channels[i]
-            self.up_blocks.append(level(widths_in, i, ("upsamplers", Upsample) if i > 0 else ()))
+            self.up_blocks.append(level(widths_in, i, ("upsamplers", Upsample) if i > 0 else None))
         self.conv_norm_out = nn.GroupNorm(config.groups, channels[0], 1e-5)
         self.conv_out = nn.Conv2d(channels[0], config.out_channels, 3, padding=1)
 

@@ -55,8 +55,8 @@ def test_find_of_an_unknown_name_lists_what_there_is():
 
 
 @pytest.mark.parametrize("names, columns", [
-    ("Composition", [0, 1, 2]), ("Level", [1]), ("Finish/Surface", [10, 11]), ("Painting", list(range(12))), ([], []),
-    (["Finish", "Composition/Horizon"], [1, 2, 10, 11]), (["Horizon", "Level", "Horizon"], [1, 2])])
+    ("Composition", [0, 1, 2]), ("Level", [1]), ("Finish/Surface", [10, 11]), ("Painting", list(range(12))), (None, list(range(12))),
+    ([], []), (["Finish", "Composition/Horizon"], [1, 2, 10, 11]), (["Horizon", "Level", "Horizon"], [1, 2])])
 def test_columns_are_in_the_order_of_the_leaves_and_occur_once(names, columns):
     assert CRITERIA.columns(names) == columns
 
@@ -147,19 +147,19 @@ def test_in_tree_is_sound():
     (in_tree({"name": "L"}), "A/B/L: the pair has no 'positive' phrase"),
     (in_tree(leaf("L", positive=" ")), "A/B/L: the pair has no 'positive' phrase"),
     (in_tree(leaf("L", negative=["x"])), "A/B/L: the pair has no 'negative' phrase"),
-    (in_tree(leaf("L", children=[leaf("M")])), "A/B/L: a node has either children or a pair"),
+    (in_tree(leaf("L", children=[leaf("M")])), r"A/B/L: a node has a name, and .*; remove \['negative', 'positive'\]"),
     (in_tree(branch("L")), "A/B/L: 'children' must be a list that is not empty"),
     (in_tree({"name": "L", "children": None}), "A/B/L: 'children' must be a list"),
     (in_tree({"name": "L", "children": {"M": 1}}), "A/B/L: 'children' must be a list"),
     (in_tree("L"), "below A/B: a node is an object with a 'name', not 'L'"),
-    (in_tree(leaf("L", weight=2, why="x")), r"A/B/L: unknown keys \['weight', 'why'\]"),
-    (in_tree(leaf("L", **{"weight": 2}) | {3: 4}), r"A/B/L: unknown keys \[3, 'weight'\]"),
+    (in_tree(leaf("L", weight=2, why="x")), r"A/B/L: a node has .*; remove \['weight', 'why'\]"),
+    (in_tree(leaf("L", **{"weight": 2}) | {3: 4}), r"A/B/L: a node has .*; remove \[3, 'weight'\]"),
     (in_tree(leaf("L", positive="good Good")), "A/B/L: 'good Good' already stands for A/Good"),
     (in_tree(leaf("L", negative="good L")), "A/B/L: 'good L' already stands for A/B/L"),
     (in_tree(leaf("L", positive="Good")), "A/B/L: 'Good' already stands for A/Good"),       # a phrase that is a leaf's name
     ([leaf("L")], "below the top: a node is an object"), (None, "below the top: a node is an object"),
     (branch("", leaf("L")), "below the top: the name '' is empty"),
-    ({**in_tree(leaf("L")), "x": 1}, r"^T: unknown keys \['x'\]"),
+    ({**in_tree(leaf("L")), "x": 1}, r"^T: a node has .*; remove \['x'\]"),
     (leaf("L"), "'L' has no children: a tree needs at least one leaf")])
 def test_bad_tree_names_the_path(tree, message):
     with pytest.raises(CriteriaError, match=message):

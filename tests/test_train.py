@@ -193,7 +193,7 @@ def test_preference_prompts_by_hand(pairs, win, lose):
     criteria = CRITERIA.select(["Horizon", "Color Relations"])
     batch = Batch(None, ["a boat"], np.array([[1, -1, 0, 1]], np.int8))
     got = train_cpo.preference_prompts(criteria, batch, [0, 1, 2, 3], pairs)
-    assert got == ([criteria.prompt("a boat", win)], [criteria.prompt("a boat", lose)])
+    assert got == ([criteria.prompt("a boat", win)], [criteria.prompt("a boat", lose)], [criteria.prompt("a boat")])
     assert batch.annotations.tolist() == [[1, -1, 0, 1]]          # the data is not written to
 
 
@@ -202,14 +202,12 @@ def test_branch_prompts_share_their_context():
     columns = CRITERIA.columns("Color Relations")
     phrases = {p for i in columns for p in (CRITERIA.leaves[i].positive, CRITERIA.leaves[i].negative)}
     for pairs in ("own", "completed", "opposite"):
-        context = []
-        for win, lose in zip(*train_cpo.preference_prompts(CRITERIA, batch, columns, pairs)):
+        for win, lose, context in zip(*train_cpo.preference_prompts(CRITERIA, batch, columns, pairs)):
             assert set(win.positive) - phrases == set(lose.positive) - phrases
             assert set(win.negative) - phrases == set(lose.negative) - phrases
             assert not set(win.negative) & phrases and not set(lose.positive) & phrases
-            context.append((win.caption, set(win.positive) - phrases, set(win.negative) - phrases))
-        alone = train_cpo.context_prompts(CRITERIA, batch, columns)
-        assert [(p.caption, set(p.positive), set(p.negative)) for p in alone] == context
+            assert win.caption == lose.caption == context.caption
+            assert set(context.positive) == set(win.positive) - phrases and set(context.negative) == set(win.negative) - phrases
 
 
 # ---------------------------------------------------------------- stage 2

@@ -154,7 +154,7 @@ def train(args, base, loss_step, name, steps, lr):
                                  for m in (base, average)])
         save_grid(out / "samples" / f"{name}_{step:05d}.png", images, captions * 2, columns=4, zoom=1, titles=["base", f"{name}, step {step}"])
 
-    average, line = fit(model, accumulated(loss_step, args.accumulate), Recipe(steps=steps, lr=lr, batch=args.batch), out / f"{name}.pt",
+    average, line = fit(model, accumulated(loss_step, args.accumulate), Recipe(steps, lr), out / f"{name}.pt",
                         name=name, seed=args.seed, resume=args.resume, save_every=args.save_every, pictures=pictures,
                         sample_every=args.sample_every)
     lora.save(average.adapter, out / f"{name}.safetensors")
