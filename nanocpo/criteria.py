@@ -110,7 +110,9 @@ class Criteria:
         raise CriteriaError(f"no dimension '{name}'; there are: " + ", ".join(n.name for n in self.tree.walk()))
 
     def columns(self, names):
-        """Indices, in `leaves`, of all leaves below the named nodes (one name or several): how a branch is chosen."""
+        """Indices, in `leaves`, of all leaves below the named nodes (one name or several; None: all): how a branch is chosen."""
+        if names is None:
+            return list(range(len(self)))
         names = [names] if isinstance(names, str) else names
         chosen = {leaf.path for name in names for leaf in self.find(name).leaves()}
         return [i for i, leaf in enumerate(self.leaves) if leaf.path in chosen]

@@ -106,7 +106,7 @@ MUTANTS = [
           ("context[:, columns] = 0", "pass", "the anchor's context lists the branch itself"),
           ("z + anchor * (eps_ref - neutral[0])", "z - anchor * (eps_ref - neutral[0])", "the anchor pushes away from the reference"),
           ("(0.0, 0.5) if args.criteria", "(0.55, 0.0) if args.criteria", "a branch alone is pulled as hard as the whole tree"),
-          ('data.split("train"), chosen_columns', 'data.split("test"), chosen_columns', "aligned on the test pictures")),
+          ('method_step(args, data.split("train")', 'method_step(args, data.split("test")', "aligned on the test pictures")),
     *_all("train_sft.py",
           ("annotations = batch.annotations.copy()", "annotations = batch.annotations", "prompts eat the data set's annotations"),
           ("(kind < 0.1)[:, None] & (annotations < 0)", "(kind < 0.1)[:, None] & (annotations > 0)", "no prompt with positive attributes only"),

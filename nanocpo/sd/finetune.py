@@ -18,8 +18,9 @@ from ..criteria import Criteria, Prompt
 from ..data import Batch, Paintings, open_picture, read_folder, to_images, to_tensor
 from ..grid import save_grid
 from ..model import fingerprint
-from ..train import Recipe, finished, fit, pick_device
+from ..train import Recipe, changed, fit, pick_device
 from .model import Base, Cache, SDModel
+from .report import held_out, report
 from .weights import WeightsError, load_parts
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -121,6 +122,10 @@ def load_latents(args, base):
 
 def start(args):
     """(data, base) for the training scripts."""
+    if getattr(args, "method", None) == "dpo":
+        raise ValueError("--method dpo needs pairs of pictures of one shape and caption; with --weights use cpo, esd or sft")
+    if getattr(args, "samples", None) == 1:
+        raise ValueError("--samples 1: an interval needs two pictures at least; 0 leaves the report out")
     if args.dtype == "float16":
         raise ValueError("--dtype float16 is for sampling: small gradients vanish in it; train in bfloat16 or float32")
     base = open_base(args, None if args.no_cache else Path(args.out) / "cache")
@@ -176,13 +181,26 @@ def with_lora(base, path, merge_text=False):
 
 
 def ensure_auxiliary(args, base, loss_step):
-    """The auxiliary: --lora's adapter, or OUT's, or trained now with loss_step."""
+    """The auxiliary: --lora's adapter, or OUT's (which is only written when it is ready), or trained now with loss_step."""
     path = Path(args.lora or Path(args.out) / "auxiliary.safetensors")
-    if args.lora and not path.is_file():
-        raise WeightsError(f"--lora {path}: not found")
-    if not args.lora and not (path.is_file() and finished(path.with_suffix(".pt"))):
+    if not args.lora and not path.is_file():
         return train(args, base, loss_step, "auxiliary", args.sft_steps, args.sft_lr)[0]
-    return with_lora(base, path)
+    auxiliary = with_lora(base, path)
+    print(f"{path}: used as it is" + ("" if args.lora else "; delete it to train another"))
+    return auxiliary
+
+
+def align(args, data, base, sft_step, method_step):
+    """Stage 2: the target, an adapter beside the auxiliary's, and what can be said of it without a critic (report.py); returns that
+    report, or the last log line with --samples 0. sft_step and method_step(args, data, base, auxiliary): the two stages' loss steps."""
+    auxiliary = None
+    if args.method != "sft" or args.lora:                                 # --lora: as the judge of --method sft
+        auxiliary = ensure_auxiliary(args, base, sft_step)
+    target, line = train(args, base, method_step(args, data.split("train"), base, auxiliary), args.name, args.steps, args.lr)
+    if args.samples == 0:
+        return line
+    held, evenly = held_out(data), changed(args, method="cpo", lean=1.0)                    # so that every timestep bin is measured
+    return report(args, held, base, auxiliary, target, data.criteria.columns(args.criteria), method_step(evenly, held, base, auxiliary))
 
 
 def paint(args):
