@@ -78,31 +78,33 @@ class Base:
             for level in (*parts.unet.down_blocks, parts.unet.mid_block, *parts.unet.up_blocks):
                 level.step = partial(recomputed, level.step, self.lora)
 
+    @property
+    def device(self):
+        return self.parts.unet.conv_in.weight.device
+
     @torch.no_grad()
     def tokens(self, prompts):
         """B Prompts or strings -> (context (B, L, width), pooled (B, width) or None), on the device: the text encoders' output. L is 77
         for each window of a prompt. Shorter prompts are repeated up to a common L: attention to a context that is repeated is attention
         to the context, so a prompt means the same whatever stands beside it."""
         context, pooled = zip(*(self._encode(Prompt(p) if isinstance(p, str) else p) for p in prompts))
-        length, device = math.lcm(*map(len, context)), self.parts.unet.conv_in.weight.device
+        length = math.lcm(*map(len, context))
         context = torch.stack([c.repeat(length // len(c), 1) for c in context])
-        return context.to(device), torch.stack(pooled).to(device) if pooled[0] is not None else None
+        return context.to(self.device), torch.stack(pooled).to(self.device) if pooled[0] is not None else None
 
     def _encode(self, prompt):
-        """One prompt -> (context (L, width), pooled), on the CPU and from the cache if it is there."""
+        """One prompt -> (context (L, width), XL's pooled (width,) of its first window or None), on the CPU, from the cache if it is there."""
         texts = [str(part) for part in windows(prompt, self.parts.tokenizers[0])]
         ids = [[tokenizer(text) for text in texts] for tokenizer in self.parts.tokenizers]
         zeros = texts == [""] and self.parts.zeros_for_empty
-        return self.cache.get(f"text {self.key} {zeros} {ids}", lambda: self._run(ids, zeros))
 
-    def _run(self, ids, zeros):
-        """The last layer of the one encoder, or the penultimate of both and XL's pooled, which is the first window's."""
-        device = self.parts.unet.conv_in.weight.device
-        outputs = [encoder(torch.tensor(i, device=device)) for encoder, i in zip(self.parts.encoders, ids)]
-        if len(outputs) == 1:
-            return outputs[0][0].flatten(0, 1).cpu(), None
-        context, pooled = torch.cat([penultimate for _, penultimate, _ in outputs], dim=-1).flatten(0, 1).cpu(), outputs[1][2][0].cpu()
-        return (torch.zeros_like(context), torch.zeros_like(pooled)) if zeros else (context, pooled)
+        def run():
+            outputs = [encoder(torch.tensor(i, device=self.device)) for encoder, i in zip(self.parts.encoders, ids)]
+            if len(outputs) == 1:                                         # SD 1, 2: the last layer
+                return outputs[0][0].flatten(0, 1).cpu(), None
+            context = torch.cat([penultimate for _, penultimate, _ in outputs], dim=-1).flatten(0, 1)
+            return tuple((torch.zeros_like(x) if zeros else x).cpu() for x in (context, outputs[1][2][0]))
+        return self.cache.get(f"text {self.key} {zeros} {ids}", run)
 
 
 class SDModel(nn.Module):
@@ -115,7 +117,7 @@ class SDModel(nn.Module):
 
     @property
     def device(self):
-        return self.base.parts.unet.conv_in.weight.device
+        return self.base.device
 
     @property
     def latents(self):
