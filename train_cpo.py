@@ -24,9 +24,7 @@ from nanocpo.grid import save_grid
 from nanocpo.losses import RULES, cpo_loss, dpo_loss, sft_loss
 from nanocpo.model import whole_file
 from nanocpo.sd import finetune
-from nanocpo.sd.report import held_out
-from nanocpo.sd.report import report as report_weights
-from nanocpo.train import add_common_arguments, changed, draw, draw_t, load_data, noised
+from nanocpo.train import add_common_arguments, draw, draw_t, load_data, noised
 from train_sft import add_sft_arguments, attribute_prompts, caption_prompts, ensure_models, run_stage, sft_step
 
 
@@ -151,44 +149,24 @@ def dpo_step(args, data, reference, columns):
 
 
 def method_step(args, data, reference, auxiliary):
-    """The loss of one step of --method, on the training part of the data and the leaves of --criteria."""
-    train, columns = data.split("train"), data.criteria.columns(args.criteria)
+    """The loss of one step of --method, on these data and the leaves of --criteria."""
+    columns = data.criteria.columns(args.criteria)
     if args.method == "sft":                                              # on the pictures with the fewest negative attributes
-        badness = (train.annotations[:, columns] < 0).sum(1)
-        best = np.argsort(badness, kind="stable")[:max(1, round(len(train) * args.best))]
-        return sft_step(args, train.take(best), caption_prompts)
+        badness = (data.annotations[:, columns] < 0).sum(1)
+        best = np.argsort(badness, kind="stable")[:max(1, round(len(data) * args.best))]
+        return sft_step(args, data.take(best), caption_prompts)
     if args.method == "dpo":
-        return dpo_step(args, train, reference, columns)
+        return dpo_step(args, data, reference, columns)
     if args.criteria and args.paint:
-        train = painted(args, train, auxiliary, columns)
-    return cpo_step(args, train, reference, auxiliary, columns)
+        data = painted(args, data, auxiliary, columns)
+    return cpo_step(args, data, reference, auxiliary, columns)
 
 
 def align(args, data, base, auxiliary, watch=None):
     """Train OUT/NAME.pt from the base model; returns (the aligned model, frozen; the last log line). watch: see run_stage."""
     target = base.frozen_copy().requires_grad_(True)                      # its own weights: base stays the reference
-    return run_stage(args, target, method_step(args, data, base, auxiliary), args.name, args.steps, args.lr, watch=watch)
-
-
-def align_weights(args):
-    """The same on Stable Diffusion, with adapters -> OUT/NAME.safetensors, and what can be said without a critic
-    (nanocpo/sd/report.py); returns that report (or the last log line with --samples 0)."""
-    if args.method == "dpo":
-        raise ValueError("--method dpo needs pairs of pictures of one shape and caption; with --weights use cpo or sft")
-    if args.paint:
-        raise ValueError(f"--paint {args.paint}: with --weights CPO trains on the folder's own pictures; leave it out")
-    if args.samples == 1:
-        raise ValueError("--samples 1: an interval needs two pictures at least; 0 leaves the report out")
-    data, base = finetune.start(args)
-    auxiliary = None
-    if args.method != "sft" or args.lora:                                 # --lora: as the judge of --method sft
-        auxiliary = finetune.ensure_auxiliary(args, base, sft_step(args, data.split("train"), attribute_prompts))
-    target, line = finetune.train(args, base, method_step(args, data, base, auxiliary), args.name, args.steps, args.lr)
-    if args.samples == 0:
-        return line
-    columns = data.criteria.columns(args.criteria)
-    evenly = changed(args, method="cpo", lean=1.0)                        # so that every timestep bin is measured
-    return report_weights(args, data, base, auxiliary, target, columns, cpo_step(evenly, held_out(data), base, auxiliary, columns))
+    step = method_step(args, data.split("train"), base, auxiliary)
+    return run_stage(args, target, step, args.name, args.steps, args.lr, watch=watch)
 
 
 def report(args, base, auxiliary, target, seconds):
@@ -229,7 +207,8 @@ def main(argv=None):
     if args.name in ("base", "auxiliary"):
         parser.error(f"--name {args.name} would overwrite OUT/{args.name}.pt, which stage 1 makes; choose another name")
     if args.weights:
-        return align_weights(args)
+        data, base = finetune.start(args)
+        return finetune.align(args, data, base, sft_step(args, data.split("train"), attribute_prompts), method_step)
     start = time.time()
     data = load_data(args)
     base, auxiliary = ensure_models(args, data)

@@ -7,15 +7,17 @@ import json
 import math
 import re
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from .losses import wide
 from .model import whole_file
+from .sd.files import WeightsError, read_json, read_tensors, safetensors
 from .sd.singlefile import unet_name
-from .sd.weights import WeightsError, read_tensors, safetensors
 
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0")         # the attention's layers, as diffusers' trainers choose them
 LAYOUTS = {"peft": ("unet.{}.lora_A.weight", "unet.{}.lora_B.weight"),
@@ -53,13 +55,11 @@ class LoRA:
         self.layers, self.active = {name: m for name, m in network.named_modules() if isinstance(m, nn.Linear)}, None
         network.requires_grad_(False)
         for name, layer in self.layers.items():
-            layer.register_forward_hook(self._hook(name))
+            layer.register_forward_hook(partial(self._add, name))
 
-    def _hook(self, name):
-        def hook(layer, inputs, output):
-            extra = self.active.add(name, inputs[0]) if self.active is not None else None
-            return output if extra is None else output + extra
-        return hook
+    def _add(self, name, layer, inputs, output):
+        extra = None if self.active is None else self.active.add(name, inputs[0])
+        return output if extra is None else output + extra
 
     @contextmanager
     def using(self, adapter):
@@ -85,8 +85,7 @@ def merge(network, pairs):
     """Add an adapter's pairs to the weights of the network's layers for good; it then costs nothing more."""
     for name, (a, b) in pairs.items():
         weight = network.get_submodule(name).weight
-        delta = (b.to(weight.device).float() @ a.to(weight.device).float()).view_as(weight)
-        weight.data = (weight.float() + delta).to(weight.dtype) if weight.dtype != torch.float64 else weight + delta.double()
+        weight.data = (wide(weight) + (wide(b) @ wide(a)).to(weight.device)).to(weight.dtype)
 
 
 def save(adapter, path, layout="peft"):
@@ -106,29 +105,31 @@ def load(path, networks):
 
     networks {"unet": ..., "text_encoder": ..., "text_encoder_2": ...}: where the names must be found. Raises WeightsError on any
     key that has no place there: half an adapter is another adapter."""
-    path, found = Path(path), {}
-    state = read_tensors(path)
-    settings = _settings(path, state)
+    path = Path(path)
+    state, found = read_tensors(path), {}
+    if not state:
+        raise WeightsError(f"{path}: there is no adapter in it")
     flat = {part: {name.replace(".", "_"): name for name, m in net.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))}
             for part, net in networks.items()}
     for key, x in state.items():
         bad = next((kind for mark, kind in UNSUPPORTED.items() if mark in key), None)
+        if bad:
+            raise WeightsError(f"{path}: {key} belongs to a {bad}: not supported")
         # the oldest diffusers files name the attention's processor instead of its layers
         plain = re.sub(r"\.processor\.(to_\w+?)_lora\.", lambda m: f".{m[1]}{'.0' if m[1] == 'to_out' else ''}.lora.", key)
         match = re.match(r"(.+?)\.(?:(lora_A|lora_down|lora\.down|lora_linear_layer\.down)|(lora_B|lora_up|lora\.up|lora_linear_layer\.up))"
                          r"(?:\.default)?\.weight$|(.+)\.alpha$", plain)
-        part, name = _layer(match[1] or match[4], flat) if match and not bad else (None, None)
+        part, name = _layer(match[1] or match[4], flat) if match else (None, None)
         if name is None:
-            raise WeightsError(f"{path}: {key} " + (f"belongs to a {bad}: not supported" if bad else
-                               f"has no place in {', '.join(networks)}; is the adapter of another model?"))
+            raise WeightsError(f"{path}: {key} has no place in {', '.join(networks)}; is the adapter of another model?")
         if isinstance(networks[part].get_submodule(name), nn.Conv2d) or x.dim() == 4 and x.shape[2:] != (1, 1):
             raise WeightsError(f"{path}: {key} adapts a convolution: not supported")
         x = x.flatten(1) if x.dim() == 4 else x                   # files of SD 1 have 1x1 convolutions where we have linear layers
-        found.setdefault(part, {}).setdefault(name, {})["A" if match[2] else "B" if match[3] else "alpha"] = x
-    out = {part: {name: _fold(path, part, name, pieces, settings, networks[part]) for name, pieces in layers.items()}
-           for part, layers in found.items()}
-    if not out:
-        raise WeightsError(f"{path}: there is no adapter in it")
+        found.setdefault((part, name), {})["A" if match[2] else "B" if match[3] else "alpha"] = x
+    settings, out = _settings(path, state), {}
+    for (part, name), pieces in found.items():
+        shape = networks[part].get_submodule(name).weight.shape
+        out.setdefault(part, {})[name] = _fold(f"{path}: the adapter of {part}.{name}", name, shape, pieces, settings.get(part, {}))
     return out
 
 
@@ -136,16 +137,15 @@ def _layer(name, flat):
     """A layer's name in a file -> (part, our name), or (part, None). kohya's underscores are undone by a table of the real names."""
     prefix = next((prefix for prefix in KOHYA_PARTS if name.startswith(prefix)), None)
     if prefix:
-        part, name = KOHYA_PARTS[prefix], name.removeprefix(prefix).removeprefix("text_model_")
+        part, name = KOHYA_PARTS[prefix], name.removeprefix(prefix)
         original = re.match(r"(?:(in|out)put_blocks_(\d+)_(\d+)|middle_block_(\d+))_(.*)", name)     # XL files: the original code's
         if original:
             way, block, i, middle, rest = original.groups()
-            name = unet_name(f"middle_block.{middle}.{rest}" if middle else f"{way}put_blocks.{block}.{i}.{rest}").replace(".", "_")
+            name = unet_name(f"middle_block.{middle}.{rest}" if middle else f"{way}put_blocks.{block}.{i}.{rest}")
     else:
         part, _, rest = name.removeprefix("base_model.model.").partition(".")
-        part, name = (part, rest) if part in ("unet", "text_encoder", "text_encoder_2") else ("unet", name.removeprefix("base_model.model."))
-        name = name.removeprefix("text_model.").replace(".", "_")
-    return part, flat.get(part, {}).get(name)
+        part, name = (part, rest) if part in KOHYA_PARTS.values() else ("unet", f"{part}.{rest}")
+    return part, flat.get(part, {}).get(name.replace(".", "_").removeprefix("text_model_"))
 
 
 def _settings(path, state):
@@ -154,27 +154,24 @@ def _settings(path, state):
         beside = path.with_name("adapter_config.json")
         if not beside.is_file():
             raise WeightsError(f"{path}: peft keeps this adapter's alpha in {beside.name} beside it; that file is missing")
-        return {"unet": json.loads(beside.read_text(encoding="utf-8"))}
-    flat, settings = {}, {}
+        return {"unet": read_json(beside)}
+    settings = {}
     if path.suffix == ".safetensors":
         with safetensors().safe_open(path, "pt") as file:
-            flat = json.loads((file.metadata() or {}).get("lora_adapter_metadata", "{}"))
-    for key, value in flat.items():
-        part, _, name = key.partition(".")
-        settings.setdefault(part, {})[name] = value
+            for key, value in json.loads((file.metadata() or {}).get("lora_adapter_metadata", "{}")).items():
+                part, _, name = key.partition(".")
+                settings.setdefault(part, {})[name] = value
     return settings
 
 
-def _fold(path, part, name, pieces, settings, network):
-    """A, B and alpha of one layer -> (A, scale * B) float32. Without any alpha the scale is 1, as all readers take it."""
-    shape = network.get_submodule(name).weight.shape
-    if "A" not in pieces or "B" not in pieces or pieces["A"].shape != (len(pieces["A"]), shape[1]) or \
-            pieces["B"].shape != (shape[0], len(pieces["A"])):
+def _fold(where, name, shape, pieces, settings):
+    """A, B and alpha of the layer `name` -> (A, scale * B) float32. Without any alpha the scale is 1, as all readers take it."""
+    rank = len(pieces.get("A", ()))
+    if any(key not in pieces or pieces[key].shape != size for key, size in (("A", (rank, shape[1])), ("B", (shape[0], rank)))):
         shapes = ", ".join(f"{key} {tuple(x.shape)}" for key, x in pieces.items())
-        raise WeightsError(f"{path}: the adapter of {part}.{name} {tuple(shape)} is incomplete or of another shape: {shapes}")
-    a, b, known = pieces["A"].float(), pieces["B"].float(), settings.get(part, {})
-    if known.get("use_dora"):
-        raise WeightsError(f"{path}: DoRA is not supported")
-    pattern = next((v for k, v in (known.get("alpha_pattern") or {}).items() if re.match(rf"(.*\.)?({k})$", name)), None)
-    alpha = pieces["alpha"].item() if "alpha" in pieces else pattern or known.get("lora_alpha") or len(a)
-    return a, b * (alpha / (math.sqrt(len(a)) if known.get("use_rslora") else len(a)))
+        raise WeightsError(f"{where} {tuple(shape)} is incomplete or of another shape: {shapes}")
+    if settings.get("use_dora"):
+        raise WeightsError(f"{where} is a DoRA: not supported")
+    pattern = next((v for k, v in (settings.get("alpha_pattern") or {}).items() if re.match(rf"(.*\.)?({k})$", name)), None)
+    alpha = pieces["alpha"].item() if "alpha" in pieces else pattern or settings.get("lora_alpha") or rank
+    return pieces["A"].float(), pieces["B"].float() * (alpha / (math.sqrt(rank) if settings.get("use_rslora") else rank))

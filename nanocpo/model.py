@@ -145,6 +145,9 @@ def load_model(path, device="cpu"):
     """The model (averaged weights) in a checkpoint file, frozen."""
     content = load_checkpoint(path, device)
     config = content["config"]
+    if config.get("kind") == "lora":
+        raise ValueError(f"{path}: an adapter of Stable Diffusion that can be trained on, no model of its own. To paint: sample.py --weights "
+                         f"BASE --lora {Path(path).with_suffix('.safetensors')}; to train the toy: another --out")
     try:
         model = Model(Criteria(content["criteria"]), **config | {"unet": UNetConfig(**config["unet"])})
         model.load_state_dict(content["ema"])

@@ -108,7 +108,7 @@ MUTANTS = [
           ("(0.0, 0.0, 1.0) if args.criteria", "(0.55, 0.0, None) if args.criteria", "a branch alone is pulled as hard as the whole tree"),
           ("annotations[:, columns] = 1", "annotations[:, columns] = -1", "a branch is learned at pictures that are wrong in it"),
           ("if args.criteria and args.paint", "if args.paint and not args.criteria", "a branch is learned at the flawed pictures"),
-          ('data.split("train"), data.criteria.columns', 'data.split("test"), data.criteria.columns', "aligned on the test pictures")),
+          ('method_step(args, data.split("train")', 'method_step(args, data.split("test")', "aligned on the test pictures")),
     *_all("train_sft.py",
           ("annotations = batch.annotations.copy()", "annotations = batch.annotations", "prompts eat the data set's annotations"),
           ("(kind < 0.1)[:, None] & (annotations < 0)", "(kind < 0.1)[:, None] & (annotations > 0)", "no prompt with positive attributes only"),

@@ -59,6 +59,7 @@ def test_find_of_an_unknown_name_lists_what_there_is():
     ([], []), (["Finish", "Composition/Horizon"], [1, 2, 10, 11]), (["Horizon", "Level", "Horizon"], [1, 2])])
 def test_columns_are_in_the_order_of_the_leaves_and_occur_once(names, columns):
     assert CRITERIA.columns(names) == columns
+    assert CRITERIA.columns(None) == list(range(len(CRITERIA)))
 
 
 def test_select_keeps_the_branches_and_what_is_above_them():

@@ -1,6 +1,7 @@
 """Stable Diffusion behind the toy's interface: whole pipelines against diffusers, prompts, caches, buckets, and both stages end to end."""
 import argparse
 import json
+import re
 import warnings
 
 import numpy as np
@@ -10,15 +11,16 @@ from PIL import Image
 
 import sd_tiny
 from sd_tiny import moved, tiny
-from nanocpo.criteria import Prompt
-from nanocpo.data import DataError, from_painter
+from nanocpo.criteria import Criteria, Prompt
+from nanocpo.data import Batch, DataError, from_painter
 from nanocpo.sd import finetune
 from nanocpo.sd.finetune import LatentPaintings, accumulated, buckets, nearest
-from nanocpo.model import fingerprint
-from nanocpo.sd.model import Base, Cache, SDModel, fitted
+from nanocpo.model import fingerprint, load_model
+from nanocpo.sd.model import Base, Cache, SDModel, windows
 from nanocpo.sd.tokenizer import Tokenizer
 from nanocpo.sd.vae import VAE
 from nanocpo.train import Recipe, fit
+from train_cpo import preference_prompts
 
 
 # ---- pipelines
@@ -116,6 +118,8 @@ def test_fit_trains_the_adapter_alone_and_resumes(checkpointing, tmp_path):
         torch.testing.assert_close(a, b, atol=0, rtol=0)
     assert line["step"] == 6 and all(b.abs().max() > 0 for b in whole.adapter.B)
     assert fingerprint(base.base.parts.unet) == before
+    with pytest.raises(ValueError, match="whole.pt: an adapter of Stable Diffusion.* --weights .* --lora .*whole.safetensors"):
+        load_model(tmp_path / "whole.pt")                                  # no model of its own: this file resumes a run
 
 
 def test_accumulation_is_the_mean_over_batches():
@@ -144,20 +148,61 @@ def test_accumulation_is_the_mean_over_batches():
 
 # ---- prompts and caches
 
-def test_long_prompts_lose_whole_phrases_from_both_sides():
+def test_long_prompts_take_several_windows_and_no_phrase_is_lost_or_cut():
     tokenizer = Tokenizer(sd_tiny.train_merges())
-    good, bad = tuple(f"good thing {i}" for i in range(12)), tuple(f"bad thing {i}" for i in range(12))
-    with pytest.warns(UserWarning, match="phrases are left out"):
-        text = fitted(Prompt("a boat", good, bad), tokenizer)
-    assert len(tokenizer.encode(text)) <= 75
-    kept = [side.split(": ")[1].split(", ") for side in text.split("; ")[1:]]
-    assert set(kept[0]) <= set(good) and set(kept[1]) <= set(bad) and abs(len(kept[0]) - len(kept[1])) <= 1 and min(map(len, kept)) > 2
+    good, bad = tuple(f"good thing {i}" for i in range(16)), tuple(f"bad thing {i}" for i in range(16))
+    parts = windows(Prompt("a boat", good, bad), tokenizer)
+    assert len(parts) > 2 and all(len(tokenizer.encode(str(part))) <= 75 for part in parts)
+    assert [part.caption for part in parts] == ["a boat"] + [""] * (len(parts) - 1)
+    assert sum((part.positive for part in parts), ()) == good and sum((part.negative for part in parts), ()) == bad
+    first = parts[0].positive + (good[len(parts[0].positive)],)
+    assert len(tokenizer.encode(str(Prompt("a boat", first)))) > 75                                        # the next one did not fit
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert fitted(Prompt("a boat", good[:1], bad[:1]), tokenizer) == "a boat; good: good thing 0; bad: bad thing 0"
-        assert fitted(Prompt(""), tokenizer) == ""
-    with pytest.warns(UserWarning, match="caption is cut"):
-        fitted(Prompt("boat " * 100), tokenizer)
+        assert windows(Prompt("a boat", good[:1], bad[:1]), tokenizer) == [Prompt("a boat", good[:1], bad[:1])]
+        assert windows(Prompt(""), tokenizer) == [Prompt("")]
+    with pytest.warns(UserWarning, match="boat boat .* is cut at 75 tokens"):
+        assert windows(Prompt("boat " * 100, good[:1]), tokenizer) == [Prompt("boat " * 100), Prompt("", good[:1])]
+
+
+def test_winner_and_loser_share_their_context_however_long(monkeypatch):
+    # phrases of very different lengths on the two sides of the leaf: each side alone could lose other phrases of the context
+    tree = {"name": "T", "children": [{"name": f"L{i}", "positive": f"good {i}", "negative": f"bad {i}" + " boat" * (6 * (i == 0))} for i in range(26)]}
+    criteria, model, read = Criteria(tree), tiny(), []
+    batch = Batch(None, ["a boat"], np.array([[-1] + [1, -1] * 12 + [1]], np.int8))
+    tokenizer = model.base.parts.tokenizers[0]
+    monkeypatch.setattr(model.base.parts, "tokenizers", [Spy(tokenizer, read)])
+    context = []
+    for prompts in preference_prompts(criteria, batch, [0], "opposite"):
+        read.clear()
+        model.text.tokens(prompts)
+        context.append({phrase for text in read for phrase in re.findall(r"(?:good|bad) [1-9]\d*", text)})
+    assert context[0] == context[1] == {f"{'bad' if i % 2 == 0 else 'good'} {i}" for i in range(1, 26)}
+
+
+class Spy:
+    """A tokenizer that writes down what is encoded for good, once it is called."""
+
+    def __init__(self, tokenizer, read):
+        self.tokenizer, self.read, self.length, self.encode = tokenizer, read, tokenizer.length, tokenizer.encode
+
+    def __call__(self, text):
+        self.read.append(text)
+        return self.tokenizer(text)
+
+
+@pytest.mark.parametrize("xl", [False, True])
+def test_a_prompt_means_the_same_beside_a_longer_one(xl):
+    # attention to a context that is repeated is attention to the context
+    model, x, t = tiny(xl), torch.randn(3, 4, 6, 6), torch.tensor([500] * 3)
+    long = Prompt("a boat", tuple(f"good thing {i}" for i in range(16)))
+    context, _ = model.text.tokens([long])
+    assert context.shape[1] == 2 * 77
+    asked = [Prompt("a tree"), long, Prompt("a boat", *[tuple(f"{side} thing {i}" for i in range(16)) for side in ("good", "bad")])]
+    alone = torch.cat([model(x[i:i + 1], t[:1], [prompt]) for i, prompt in enumerate(asked)])
+    torch.testing.assert_close(model(x, t, asked), alone, atol=1e-5, rtol=0)
+    assert (model(x, t, [Prompt("a boat")] * 3) - alone)[1:].abs().amax((1, 2, 3)).min() > 1e-4             # the later windows are read
+    assert model.sample([long], steps=2, guidance=2.0).isfinite().all()                                    # away from a shorter prompt
 
 
 def count_runs(model):
@@ -351,7 +396,9 @@ def test_flags_that_do_not_go_together(world, tmp_path):
     import train_cpo
     import train_sft
     common = flags(world, tmp_path)
-    for more, words in ((["--samples", "1"], "needs two pictures"), (["--dtype", "float16"], "is for sampling"), (["--method", "dpo"], "pairs of pictures"), (["--data", "flawed"], "folder with pictures"),
+    for more, words in ((["--samples", "1"], "needs two pictures"), (["--dtype", "float16"], "is for sampling"),
+                        (["--method", "dpo"], "pairs of pictures"), (["--paint", "8"], "folder's own pictures"),
+                        (["--data", "flawed"], "folder with pictures"),
                         (["--lora", "nowhere.safetensors"], "nowhere.safetensors: not found")):
         with pytest.raises(ValueError, match=words):
             train_cpo.main(common + more)

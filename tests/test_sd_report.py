@@ -7,9 +7,12 @@ import pytest
 import torch
 from PIL import Image
 
+import train_cpo
+from nanocpo import lora
 from nanocpo.criteria import Criteria, Prompt
 from nanocpo.data import Paintings
 from nanocpo.diffusion import Diffusion
+from nanocpo.sd import finetune
 from nanocpo.sd.finetune import LatentPaintings
 from nanocpo.sd.model import SDModel
 from nanocpo.sd.report import errors, held_out, log_ratio, report, table
@@ -87,8 +90,8 @@ def test_equal_models_differ_nowhere(tmp_path, capsys):
     data, base = world(20)
     auxiliary, target, args = moved(base.with_adapter(2)).frozen_copy(), base.with_adapter(2).frozen_copy(), flags(tmp_path)
     columns = CRITERIA.columns("Hue")
-    step = cpo_step(args, held_out(data), base, auxiliary, columns)
-    got = report(args, data, base, auxiliary, target, columns, step)
+    held = held_out(data)
+    got = report(args, held, base, auxiliary, target, columns, cpo_step(args, held, base, auxiliary, columns))
     assert got == json.loads((tmp_path / "report.json").read_text()) and got["held_out"] == 4
     assert got["errors"]["base"] == got["errors"]["target"] and len(got["errors"]["base"]["per_t"]) == 10
     assert got["errors"]["base"]["mean"] == pytest.approx(np.mean(got["errors"]["base"]["per_t"]))
@@ -107,14 +110,15 @@ def test_equal_models_differ_nowhere(tmp_path, capsys):
 def test_another_target_shows(tmp_path):
     data, base = world(20)
     auxiliary, args = moved(base.with_adapter(2)).frozen_copy(), flags(tmp_path, "--name", "other.one")
-    got = report(args, data, base, auxiliary, auxiliary, [0], cpo_step(args, held_out(data), base, auxiliary, [0]))
+    held = held_out(data)
+    got = report(args, held, base, auxiliary, auxiliary, [0], cpo_step(args, held, base, auxiliary, [0]))
     assert (tmp_path / "report_other.one.json").is_file() and (tmp_path / "report_other.one.png").is_file()
     assert got["errors"]["target"]["mean"] != got["errors"]["base"]["mean"] and got["cpo"]["margin"] != 0
     rows = got["log_ratio"]
     assert rows["difference"]["mean"] == pytest.approx(rows["target"]["mean"] - rows["base"]["mean"], abs=1e-12) != 0
     assert rows["difference"]["ci"][0] < rows["difference"]["mean"] < rows["difference"]["ci"][1]
     # which prompts are compared: the chosen leaf's two sides for samples, the annotation and its opposite for held-out pictures
-    leaf, captions, held = CRITERIA.leaves[0], ["a boat", "a tree", "a boat"], held_out(data)
+    leaf, captions = CRITERIA.leaves[0], ["a boat", "a tree", "a boat"]
     sides = [Prompt(c, (leaf.positive,)) for c in captions], [Prompt(c, (), (leaf.negative,)) for c in captions]
     with torch.no_grad():
         images = base.sample(captions, guidance=args.guidance, steps=2).clamp(-1, 1)
@@ -130,8 +134,39 @@ def test_another_target_shows(tmp_path):
 
 def test_without_an_auxiliary_or_held_out_pictures(tmp_path):
     data, base = world(10)
-    got = report(flags(tmp_path), data, base, None, base, [0])
+    got = report(flags(tmp_path), held_out(data), base, None, base, [0])
     assert got["held_out"] == 2 and set(got["errors"]) == {"base", "target", "base_told"} and not {"cpo", "log_ratio", "agreement"} & set(got)
     auxiliary = moved(base.with_adapter(2)).frozen_copy()
-    got = report(flags(tmp_path), data.take(range(8)), base, auxiliary, base, [0])
+    got = report(flags(tmp_path), held_out(data.take(range(8))), base, auxiliary, base, [0])
     assert got["held_out"] == 0 and got["errors"] == {} and "cpo" not in got and set(got["log_ratio"]) == {"base", "target", "difference"}
+
+
+# ---- stage 2 as train_cpo.py runs it, on the world above
+
+STAGE_2 = ["--weights", "unused", "--device", "cpu", "--steps", "1", "--sft-steps", "1", "--sampling-steps", "1", "--accumulate", "1", "--rank", "2"]
+
+
+@pytest.fixture
+def opened(monkeypatch):
+    """(data, base) in the place of what --weights and --data would open."""
+    pytest.importorskip("safetensors")
+    data, base = world(20)
+    monkeypatch.setattr(finetune, "start", lambda args: (data, base))
+    return data, base
+
+
+def test_held_out_pictures_are_taken_once(opened, tmp_path, monkeypatch):
+    taken, take = [], LatentPaintings.take
+    monkeypatch.setattr(LatentPaintings, "take", lambda self, indices: taken.append(list(indices)) or take(self, indices))
+    got = train_cpo.main([*STAGE_2, "--out", str(tmp_path), "--samples", "2", "--criteria", "Hue"])
+    assert taken.count([8, 9, 18, 19]) == 1 and got["held_out"] == 4 and got["cpo"]["margin"] is not None
+
+
+def test_an_auxiliary_without_its_checkpoint_is_used(opened, tmp_path, capsys):
+    # brought from elsewhere, or its .pt was deleted: training would overwrite it
+    path = tmp_path / "auxiliary.safetensors"
+    lora.save(moved(opened[1].with_adapter(2)).adapter, path)
+    before = path.read_bytes()
+    train_cpo.main([*STAGE_2, "--out", str(tmp_path), "--samples", "0"])
+    assert path.read_bytes() == before and not path.with_suffix(".pt").exists() and (tmp_path / "target.safetensors").is_file()
+    assert f"{path}: used as it is; delete it to train another" in capsys.readouterr().out

@@ -262,7 +262,7 @@ def test_inpainting_single_file_and_missing_tokenizer(saved, tmp_path):
                                                "sdxl": [len(got.tokenizers[0].vocabulary) - 1, 0]}[kind]
     state["model.diffusion_model.input_blocks.0.0.weight"] = torch.zeros(16, 9, 3, 3)
     save_file(state, tmp_path / "nine.safetensors")
-    with pytest.raises(WeightsError, match="nine.safetensors: in_channels = 9.*inpainting"):
+    with pytest.raises(WeightsError, match="nine.safetensors, unet: in_channels = 9.*inpainting"):
         load_parts(tmp_path / "nine.safetensors", config=folder)
 
 

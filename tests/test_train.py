@@ -260,7 +260,7 @@ def test_a_branch_is_learned_at_pictures_that_are_right_in_it(monkeypatch):
     assert asked == [CRITERIA.prompt(c, a) for c, a in zip(new.captions, new.annotations)]
 
     def drawn(*flags):
-        step, seen = train_cpo.method_step(cpo_arguments(*flags), DATA, base, auxiliary), []
+        step, seen = train_cpo.method_step(cpo_arguments(*flags), train, base, auxiliary), []
         with monkeypatch.context() as patch:
             patch.setattr(train_cpo, "noised", lambda model, images, *rest: seen.append(images) or noised(model, images, *rest))
             step(base, torch.Generator().manual_seed(0))

@@ -1,4 +1,5 @@
 """The text encoders: CLIP's (2103.00020) ViT-L and OpenCLIP's H and bigG, by configuration. Names are transformers', without `text_model.`"""
+from collections import OrderedDict
 from dataclasses import dataclass
 
 import torch
@@ -21,6 +22,13 @@ class CLIPConfig:
     projection: int | None = None           # width of the pooled output's projection; None: there is none
 
 
+class QuickGELU(nn.Module):
+    """ViT-L's approximation of GELU."""
+
+    def forward(self, x):
+        return x * torch.sigmoid(1.702 * x)
+
+
 class SelfAttention(nn.Module):
     """Causal self-attention: a token sees what stands before it, padding included."""
 
@@ -34,26 +42,16 @@ class SelfAttention(nn.Module):
         return self.out_proj(rearrange(F.scaled_dot_product_attention(q, k, v, is_causal=True), "b h n d -> b n (h d)"))
 
 
-class MLP(nn.Module):
-    """Linear, activation, linear."""
-
-    def __init__(self, config):
-        super().__init__()
-        self.fc1, self.fc2 = nn.Linear(config.width, config.hidden), nn.Linear(config.hidden, config.width)
-        self.quick = config.activation == "quick_gelu"
-
-    def forward(self, x):
-        x = self.fc1(x)
-        return self.fc2(x * torch.sigmoid(1.702 * x) if self.quick else F.gelu(x))
-
-
 class Layer(nn.Module):
-    """Attention and MLP, each behind a norm and added to what it reads."""
+    """Attention and two linear layers, each behind a norm and added to what it reads."""
 
     def __init__(self, config):
         super().__init__()
-        self.self_attn, self.mlp = SelfAttention(config), MLP(config)
         self.layer_norm1, self.layer_norm2 = nn.LayerNorm(config.width), nn.LayerNorm(config.width)
+        self.self_attn = SelfAttention(config)
+        self.mlp = nn.Sequential(OrderedDict(fc1=nn.Linear(config.width, config.hidden),
+                                             act=QuickGELU() if config.activation == "quick_gelu" else nn.GELU(),
+                                             fc2=nn.Linear(config.hidden, config.width)))
 
     def forward(self, x):
         x = x + self.self_attn(self.layer_norm1(x))
@@ -77,7 +75,6 @@ class CLIP(nn.Module):
         """ids (B, L) -> (last (B, L, width) after the final norm: SD 1, 2; penultimate layer without it: XL; pooled (B, width or
         projection), the final norm at the first end-of-text)."""
         x = self.embeddings["token_embedding"](ids) + self.embeddings["position_embedding"].weight[:ids.shape[1]]
-        penultimate = x
         for layer in self.encoder["layers"]:
             penultimate, x = x, layer(x)
         last = self.final_layer_norm(x)

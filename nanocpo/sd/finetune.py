@@ -18,11 +18,12 @@ from ..criteria import Criteria, Prompt
 from ..data import Batch, Paintings, open_picture, read_folder, to_images, to_tensor
 from ..grid import save_grid
 from ..model import fingerprint
-from ..train import Recipe, finished, fit, pick_device
+from ..train import Recipe, changed, fit, pick_device
+from .files import WeightsError
 from .model import Base, Cache, SDModel
-from .weights import WeightsError, load_parts
+from .report import held_out, report
+from .weights import load_parts
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # what the scripts' flags default to with --weights; ours, not tuned on real weights
 TRAINING = {"batch": 1, "sft_steps": 2000, "sft_lr": 1e-4, "steps": 500, "lr": 1e-4, "sample_every": 0, "samples": 16,
             "sampling_steps": 20, "guidance": 7.5, "paint": 0}
@@ -38,7 +39,7 @@ def add_arguments(parser):
     group.add_argument("--tokenizer", help="single file: merges.txt, tokenizer.json or a folder with one")
     group.add_argument("--variant", help="folder: read the files of this variant, for example fp16")
     group.add_argument("--prediction", choices=["eps", "v"], help="what the model predicts, if its files do not say (single file of SD 2)")
-    group.add_argument("--dtype", choices=DTYPES, default="float32", help="of the frozen base (--bf16: bfloat16); "
+    group.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="of the frozen base (--bf16: bfloat16); "
                        "float16 is for sampling only")
     group.add_argument("--resolution", type=int, default=512, help="side of a square picture; other shapes have about the same area")
     group.add_argument("--bucket-step", type=int, default=64, help="sides of pictures are multiples of this")
@@ -59,7 +60,7 @@ def parse(parser, argv, values):
 
 def open_base(args, cache=None):
     """The frozen base that the flags name, as an SDModel without an adapter: it is the reference."""
-    parts = load_parts(args.weights, args.config, args.tokenizer, args.variant, DTYPES[args.dtype], args.prediction)
+    parts = load_parts(args.weights, args.config, args.tokenizer, args.variant, getattr(torch, args.dtype), args.prediction)
     return SDModel(Base(parts, cache=cache, size=(args.resolution,) * 2, checkpointing=args.checkpointing, device=pick_device(args.device)))
 
 
@@ -90,7 +91,7 @@ class LatentPaintings(Paintings):
         """Indices (B,) -> Batch of latents. All of a batch have the shape of its first picture; an index of another shape stands for
         one of that shape (the index modulo their number), so a random batch stays random and buckets come as often as their pictures."""
         alike = [i for i in range(len(self)) if self.images[i].shape == self.images[indices[0]].shape]
-        part = self.take([i if self.images[i].shape == self.images[indices[0]].shape else alike[i % len(alike)] for i in indices])
+        part = self.take([i if i in alike else alike[i % len(alike)] for i in indices])
         return Batch(torch.stack(list(part.images)), part.captions, part.annotations)
 
 
@@ -111,16 +112,23 @@ def load_latents(args, base):
     criteria = Criteria.load(args.tree) if args.tree else None
     criteria, rows, skipped = read_folder(args.data, criteria, latents, args.skip_bad)
     bar.close()
+    found, captions, annotations = zip(*rows)
     images = np.empty(len(rows), object)
-    for i, row in enumerate(rows):
-        images[i] = row[0]
-    return LatentPaintings(criteria, images, [row[1] for row in rows], np.stack([row[2] for row in rows]), skipped)
+    for i, latent in enumerate(found):                            # images[:] = found would make one array of them
+        images[i] = latent
+    return LatentPaintings(criteria, images, list(captions), np.stack(annotations), skipped)
 
 
 # ---- training
 
 def start(args):
     """(data, base) for the training scripts."""
+    if getattr(args, "method", None) == "dpo":
+        raise ValueError("--method dpo needs pairs of pictures of one shape and caption; with --weights use cpo, esd or sft")
+    if getattr(args, "paint", 0):
+        raise ValueError(f"--paint {args.paint}: with --weights CPO trains on the folder's own pictures; leave it out")
+    if getattr(args, "samples", None) == 1:
+        raise ValueError("--samples 1: an interval needs two pictures at least; 0 leaves the report out")
     if args.dtype == "float16":
         raise ValueError("--dtype float16 is for sampling: small gradients vanish in it; train in bfloat16 or float32")
     base = open_base(args, None if args.no_cache else Path(args.out) / "cache")
@@ -132,13 +140,13 @@ def start(args):
 def accumulated(loss_step, count):
     """A loss step whose gradient is the mean over `count` batches: all but the last are taken back here, the last by fit()."""
     def step(model, generator):
-        logs, times = [], []
+        parts = []
         for i in range(count):
-            loss, log, t = loss_step(model, generator)
-            logs.append(log)
-            times.append(t)
+            loss, *part = loss_step(model, generator)
+            parts.append(part)
             if i + 1 < count:
                 (loss / count).backward()
+        logs, times = zip(*parts)
         return loss / count, {name: torch.cat([log[name] for log in logs]) for name in logs[0]}, torch.cat(times)
     return step
 
@@ -171,18 +179,29 @@ def with_lora(base, path, merge_text=False):
         raise WeightsError(f"{path}: it adapts the text encoder too, which all models share in training; give one for the UNet alone")
     for name, encoder in zip(names, parts.encoders):
         lora.merge(encoder, pairs.get(name, {}))
-    adapter = lora.Adapter({name: [torch.nn.Parameter(x.to(base.device)) for x in pair] for name, pair in pairs.get("unet", {}).items()})
-    return SDModel(base.base, adapter).frozen_copy()
+    return SDModel(base.base, lora.Adapter(pairs.get("unet", {})).to(base.device)).eval().requires_grad_(False)
 
 
 def ensure_auxiliary(args, base, loss_step):
-    """The auxiliary: --lora's adapter, or OUT's, or trained now with loss_step."""
+    """The auxiliary: --lora's adapter, or OUT's (which is only written when it is ready), or trained now with loss_step."""
     path = Path(args.lora or Path(args.out) / "auxiliary.safetensors")
-    if args.lora and not path.is_file():
-        raise WeightsError(f"--lora {path}: not found")
-    if not args.lora and not (path.is_file() and finished(path.with_suffix(".pt"))):
+    if not args.lora and not path.is_file():
         return train(args, base, loss_step, "auxiliary", args.sft_steps, args.sft_lr)[0]
-    return with_lora(base, path)
+    auxiliary = with_lora(base, path)
+    print(f"{path}: used as it is" + ("" if args.lora else "; delete it to train another"))
+    return auxiliary
+
+
+def align(args, data, base, sft_step, method_step):
+    """Stage 2: the target, an adapter beside the auxiliary's, and what can be said of it without a critic (report.py); returns that
+    report, or the last log line with --samples 0. sft_step and method_step(args, data, base, auxiliary): the two stages' loss steps."""
+    needed = args.method != "sft" or args.lora                            # --lora: as the judge of --method sft
+    auxiliary = ensure_auxiliary(args, base, sft_step) if needed else None
+    target, line = train(args, base, method_step(args, data.split("train"), base, auxiliary), args.name, args.steps, args.lr)
+    if args.samples == 0:
+        return line
+    held, evenly = held_out(data), changed(args, method="cpo", lean=1.0)                    # so that every timestep bin is measured
+    return report(args, held, base, auxiliary, target, data.criteria.columns(args.criteria), method_step(evenly, held, base, auxiliary))
 
 
 def paint(args):

@@ -1,7 +1,9 @@
 """Stable Diffusion as nanocpo's Model: one frozen base, and the adapter that makes auxiliary, target or (none) reference of it."""
 import copy
 import hashlib
+import math
 import warnings
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -35,23 +37,20 @@ class Cache:
             return value
 
 
-def fitted(prompt, tokenizer):
-    """Prompt -> text of at most 75 tokens. Phrases that do not fit are left out whole, never cut; the two sides take turns, so that
-    neither loses all of its own. (Several windows of 77 tokens would keep all, but every picture would then see a context of a length
-    that the weights were not trained with.) A caption alone that is too long is cut by the tokenizer, as everywhere."""
-    sides, left_out = {"positive": (), "negative": ()}, 0
-    turns = sorted([(i, "positive", p) for i, p in enumerate(prompt.positive)] + [(i, "negative", n) for i, n in enumerate(prompt.negative)],
-                   key=lambda turn: turn[0])
-    for _, side, phrase in turns:
-        more = sides | {side: sides[side] + (phrase,)}
-        if len(tokenizer.encode(str(Prompt(prompt.caption, **more)))) <= tokenizer.length - 2:
-            sides = more
-        else:
-            left_out += 1
-    if left_out or len(tokenizer.encode(prompt.caption)) > tokenizer.length - 2:
-        warnings.warn(f"a prompt is too long for {tokenizer.length} tokens: {left_out} phrases are left out of such prompts, or their "
-                      "caption is cut; use shorter phrases, or --criteria for a branch of the tree", stacklevel=2)
-    return str(Prompt(prompt.caption, **sides))
+def windows(prompt, tokenizer):
+    """Prompt -> Prompts of at most 75 tokens, which are encoded one behind the other: the caption with the phrases that fit, then the
+    next phrases, each whole and under its heading. No phrase is lost, so winner and loser have one context however long they are. What is
+    too long alone, a caption or a phrase, is cut with a warning."""
+    fits = lambda part: len(tokenizer.encode(str(part))) <= tokenizer.length - 2
+    parts = [Prompt(prompt.caption)]
+    for side in ("positive", "negative"):
+        for phrase in getattr(prompt, side):
+            more = replace(parts[-1], **{side: getattr(parts[-1], side) + (phrase,)})
+            parts = parts[:-1] + [more] if fits(more) else parts + [Prompt(**{side: (phrase,)})]
+    for part in parts:
+        if not fits(part):
+            warnings.warn(f"'{str(part)[:60]}...' is cut at {tokenizer.length - 2} tokens; make it shorter", stacklevel=2)
+    return parts
 
 
 def recomputed(step, lora, *inputs):
@@ -79,28 +78,33 @@ class Base:
             for level in (*parts.unet.down_blocks, parts.unet.mid_block, *parts.unet.up_blocks):
                 level.step = partial(recomputed, level.step, self.lora)
 
+    @property
+    def device(self):
+        return self.parts.unet.conv_in.weight.device
+
     @torch.no_grad()
     def tokens(self, prompts):
-        """B Prompts or strings -> (context (B, 77, width), pooled (B, width) or None), on the device: the text encoders' output."""
+        """B Prompts or strings -> (context (B, L, width), pooled (B, width) or None), on the device: the text encoders' output. L is 77
+        for each window of a prompt. Shorter prompts are repeated up to a common L: attention to a context that is repeated is attention
+        to the context, so a prompt means the same whatever stands beside it."""
         context, pooled = zip(*(self._encode(Prompt(p) if isinstance(p, str) else p) for p in prompts))
-        device = self.parts.unet.conv_in.weight.device
-        return torch.stack(context).to(device), torch.stack(pooled).to(device) if pooled[0] is not None else None
+        length = math.lcm(*map(len, context))
+        context = torch.stack([c.repeat(length // len(c), 1) for c in context])
+        return context.to(self.device), torch.stack(pooled).to(self.device) if pooled[0] is not None else None
 
     def _encode(self, prompt):
-        text = fitted(prompt, self.parts.tokenizers[0])
-        ids = [tokenizer(text) for tokenizer in self.parts.tokenizers]
-        return self.cache.get(f"text {self.key} {self.parts.zeros_for_empty} {ids}", lambda: self._run(text, ids))
+        """One prompt -> (context (L, width), XL's pooled (width,) of its first window or None), on the CPU, from the cache if it is there."""
+        texts = [str(part) for part in windows(prompt, self.parts.tokenizers[0])]
+        ids = [[tokenizer(text) for text in texts] for tokenizer in self.parts.tokenizers]
+        zeros = texts == [""] and self.parts.zeros_for_empty
 
-    def _run(self, text, ids):
-        """The encoders' output for one prompt, on the CPU: the last layer of the one, or the penultimate of both and XL's pooled."""
-        device = self.parts.unet.conv_in.weight.device
-        outputs = [encoder(torch.tensor([i], device=device)) for encoder, i in zip(self.parts.encoders, ids)]
-        if len(outputs) == 1:
-            return outputs[0][0][0].cpu(), None
-        context, pooled = torch.cat([penultimate for _, penultimate, _ in outputs], dim=-1)[0].cpu(), outputs[1][2][0].cpu()
-        if not text and self.parts.zeros_for_empty:
-            context, pooled = torch.zeros_like(context), torch.zeros_like(pooled)
-        return context, pooled
+        def run():
+            outputs = [encoder(torch.tensor(i, device=self.device)) for encoder, i in zip(self.parts.encoders, ids)]
+            if len(outputs) == 1:                                         # SD 1, 2: the last layer
+                return outputs[0][0].flatten(0, 1).cpu(), None
+            context = torch.cat([penultimate for _, penultimate, _ in outputs], dim=-1).flatten(0, 1)
+            return tuple((torch.zeros_like(x) if zeros else x).cpu() for x in (context, outputs[1][2][0]))
+        return self.cache.get(f"text {self.key} {zeros} {ids}", run)
 
 
 class SDModel(nn.Module):
@@ -113,7 +117,7 @@ class SDModel(nn.Module):
 
     @property
     def device(self):
-        return self.base.parts.unet.conv_in.weight.device
+        return self.base.device
 
     @property
     def latents(self):
@@ -153,16 +157,15 @@ class SDModel(nn.Module):
         if self.diffusion.spacing == "trailing" and self.diffusion.sampler == "list":
             noise = noise * (1 - self.diffusion.alpha_bar[self.diffusion.timesteps(steps)[0]]).sqrt().to(noise)
         for start in range(0, len(prompts), batch):
-            some = self.text.tokens(prompts[start:start + batch])
+            asked = list(prompts[start:start + batch])
             if guidance != 1:
-                away = self.text.tokens(negative[start:start + batch] if negative else [""] * len(some[0]))
-                some = tuple(None if a is None else torch.cat([a, b]) for a, b in zip(away, some))
+                asked += negative[start:start + batch] if negative else [""] * len(asked)
+            some = self.text.tokens(asked)
 
             def predict(xt, t):
-                if guidance == 1:
+                if len(asked) == len(xt):
                     return self(xt, t, some)
-                negatives, positives = self(torch.cat([xt, xt]), torch.cat([t, t]), some).chunk(2)
-                return guide(positives, negatives, guidance)
+                return guide(*self(torch.cat([xt, xt]), torch.cat([t, t]), some).chunk(2), guidance)
             latents = self.diffusion.sample(predict, noise[start:start + batch].to(self.device), steps, eta, generator)
             out.append(self.latents.decode(latents))
         return torch.cat(out)

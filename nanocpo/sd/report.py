@@ -75,13 +75,13 @@ def on_held_out(held, seed, base, auxiliary, target, cpo_step, batch):
 
 
 @torch.no_grad()
-def report(args, data, base, auxiliary, target, columns, cpo_step=None):
+def report(args, held, base, auxiliary, target, columns, cpo_step=None):
     """Write OUT/report.json and report.png (report_NAME if the target has another --name), print the table; returns the
     report.
 
-    columns: the leaves that were aligned on; cpo_step: stage 2's loss step on held-out pictures. auxiliary None: what
-    needs one is left out. A folder of fewer than nine pictures has no held-out part: then only samples are measured."""
-    held, criteria = held_out(data), data.criteria
+    held: the held-out pictures; a folder of fewer than nine has none: then only samples are measured. columns: the leaves that
+    were aligned on; cpo_step: stage 2's loss step on held-out pictures. auxiliary None: what needs one is left out."""
+    criteria = held.criteria
     result = {"about": __doc__.split("\n")[0], "held_out": len(held), "samples": args.samples, "seed": args.seed,
               "guidance": args.guidance, "sampling_steps": args.sampling_steps, "errors": {}}
     if len(held):

@@ -6,6 +6,8 @@
 """
 import re
 
+from .files import WeightsError
+
 VIT_L = {"architectures": ["CLIPTextModel"], "hidden_act": "quick_gelu", "eos_token_id": 2}
 OPENCLIP_H = {"architectures": ["CLIPTextModel"], "hidden_act": "gelu", "eos_token_id": 49407, "hidden_size": 1024,
               "intermediate_size": 4096, "num_hidden_layers": 23, "num_attention_heads": 16}
@@ -72,14 +74,17 @@ def vae_name(name, levels):
     return head + attention + (swap(rest, ATTENTION, start=True) if attention else rest)
 
 
-def openclip(state, layers):
-    """OpenCLIP's text tower -> ours, its first `layers` blocks. q, k and v are stacked there; the projection is (in, out)."""
-    out = {}
+def openclip(state, penultimate=False):
+    """OpenCLIP's text tower -> ours. q, k and v are stacked there; the projection is (in, out). penultimate: without what comes after the
+    last block but one, which SD 2 does not use."""
+    out, unused = {}, ["logit_scale"]
+    if penultimate:
+        blocks = [int(block[1]) for block in (re.match(r"transformer\.resblocks\.(\d+)\.", name) for name in state) if block]
+        unused += [f"transformer.resblocks.{max(blocks, default=0)}.", "text_projection"]
     for name, tensor in state.items():
-        name = re.sub(r"^transformer\.resblocks\.", "encoder.layers.", name)
-        block = re.match(r"encoder\.layers\.(\d+)\.", name)
-        if name == "logit_scale" or block and int(block[1]) >= layers:
+        if name.startswith(tuple(unused)):
             continue
+        name = re.sub(r"^transformer\.resblocks\.", "encoder.layers.", name)
         stacked = re.match(r"(.*\.)attn\.in_proj_(weight|bias)$", name)
         if stacked:
             for part, piece in zip("qkv", tensor.chunk(3)):
@@ -91,36 +96,29 @@ def openclip(state, layers):
     return out
 
 
-def version(state):
-    """"1", "2" or "xl". Raises ValueError on what is something else, by name."""
-    if any(name.startswith("conditioner.embedders.0.model.") for name in state):
-        raise ValueError("this is the XL refiner: it only finishes what the base model began; give the base model's file")
-    if "edm_mean" in state or "edm_std" in state:
-        raise ValueError("this model uses the EDM formulation (edm_mean): not supported")
-    if any(name.startswith(("control_model.", "controlnet")) for name in state):
-        raise ValueError("this is a ControlNet, not a text-to-image model")
-    if not any(name.startswith("model.diffusion_model.input_blocks.") for name in state):
-        raise ValueError("no UNet in it (model.diffusion_model.): not a checkpoint of Stable Diffusion 1, 2 or XL")
-    if any(name.startswith("conditioner.embedders.1.model.") for name in state):
-        return "xl"
-    return "2" if any(name.startswith("cond_stage_model.model.") for name in state) else "1"
+# what a file that is something else has in it
+OTHERS = {"conditioner.embedders.0.model.": "the XL refiner, which only finishes what the base model began; give the base model's file",
+          "edm_mean": "a model in the EDM formulation: not supported", "edm_std": "a model in the EDM formulation: not supported",
+          "control_model.": "a ControlNet, not a text-to-image model", "controlnet": "a ControlNet, not a text-to-image model"}
 
 
-def split(state, layers=23):
-    """A checkpoint -> {part: its tensors under our names}. layers: blocks of OpenCLIP that SD 2 uses. An average of the UNet's weights
-    (model_ema.) is left alone: what the file calls its model is taken, as diffusers does."""
-    kind = version(state)
+def split(state, where):
+    """A checkpoint -> ({part: its tensors under our names}, their configurations). Raises WeightsError on what is something else, by name.
+    An average of the UNet's weights (model_ema.) is left alone: what the file calls its model is taken, as diffusers does."""
+    has = lambda prefix: any(name.startswith(prefix) for name in state)
+    for prefix, what in OTHERS.items():
+        if has(prefix):
+            raise WeightsError(f"{where}: this is {what}")
+    if not has("model.diffusion_model.input_blocks."):
+        raise WeightsError(f"{where}: no UNet in it (model.diffusion_model.): not a checkpoint of Stable Diffusion 1, 2 or XL")
     cut = lambda prefix: {name[len(prefix):]: x for name, x in state.items() if name.startswith(prefix)}
     unet, vae = cut("model.diffusion_model."), cut("first_stage_model.")
-    levels = 1 + max((int(m[1]) for m in (re.match(r"decoder\.up\.(\d+)", name) for name in vae) if m), default=0)
+    levels = len({name.split(".")[2] for name in vae if name.startswith("decoder.up.")})
     parts = {"unet": {unet_name(name): x for name, x in unet.items()},
              "vae": {vae_name(name, levels): x for name, x in vae.items() if not name.startswith("loss.")}}
-    if kind == "xl":
-        parts |= {"text_encoder": cut("conditioner.embedders.0.transformer."),
-                  "text_encoder_2": openclip(cut("conditioner.embedders.1.model."), 1000)}
-    elif kind == "2":
-        parts["text_encoder"] = openclip(cut("cond_stage_model.model."), layers)
-        parts["text_encoder"].pop("text_projection.weight", None)
-    else:
-        parts["text_encoder"] = cut("cond_stage_model.transformer.")
-    return parts
+    if has("conditioner.embedders.1.model."):
+        return parts | {"text_encoder": cut("conditioner.embedders.0.transformer."),
+                        "text_encoder_2": openclip(cut("conditioner.embedders.1.model."))}, PRESETS["xl"]
+    if has("cond_stage_model.model."):
+        return parts | {"text_encoder": openclip(cut("cond_stage_model.model."), penultimate=True)}, PRESETS["2"]
+    return parts | {"text_encoder": cut("cond_stage_model.transformer.")}, PRESETS["1"]

@@ -3,11 +3,12 @@
 Text -> NFC, lower case -> words -> bytes -> merged pairs -> [BOS] ids [EOS] padding. It agrees with the tokenizers library but for code
 points that the running Python's Unicode tables do not know yet.
 """
-import json
 import re
 import unicodedata
 from functools import lru_cache
 from pathlib import Path
+
+from .files import WeightsError, read_json
 
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 
@@ -47,7 +48,7 @@ class Tokenizer:
             vocabulary = {token: i for i, token in enumerate(tokens)}
         missing = [token for token in (BOS, EOS, pad) if token not in vocabulary]
         if missing:
-            raise ValueError(f"the tokenizer's vocabulary has no {', '.join(missing)}: it is not CLIP's")
+            raise WeightsError(f"the tokenizer's vocabulary has no {', '.join(missing)}: it is not CLIP's")
         self.vocabulary, self.length, self.pad = vocabulary, length, vocabulary[pad]
         self.rank = {tuple(pair): i for i, pair in enumerate(merges)}
         self.special = re.compile("(" + "|".join(map(re.escape, {BOS, EOS, pad})) + ")")      # with pad "!" every "!" is a pad
@@ -61,12 +62,13 @@ class Tokenizer:
         files = [folder / "merges.txt", folder / "tokenizer.json"] if path.is_dir() else [path]
         path = next((file for file in files if file.is_file()), None)
         if path is None:
-            raise FileNotFoundError(f"no tokenizer in {' or '.join(map(str, files))}; it comes with the weights' repository")
+            raise WeightsError(f"no tokenizer in {' or '.join(map(str, files))}; give --tokenizer, a folder with merges.txt or tokenizer.json "
+                               "(any repository of Stable Diffusion has one)")
         vocabulary = None
         try:
             if path.suffix == ".json":
-                content = json.loads(path.read_text(encoding="utf-8"))
-                vocabulary, merges = dict(content["model"]["vocab"]), content["model"]["merges"]
+                content = read_json(path)
+                vocabulary, merges = content["model"]["vocab"], content["model"]["merges"]
                 vocabulary |= {token["content"]: token["id"] for token in content.get("added_tokens", [])}
                 merges = [pair.split(" ") if isinstance(pair, str) else pair for pair in merges]
             else:
@@ -74,12 +76,16 @@ class Tokenizer:
                 lines = lines[1:] if lines[0].startswith("#version") else lines               # a merge may begin with # too
                 merges = [line.split(" ") for line in lines if line.strip()]
                 if (folder / "vocab.json").is_file():
-                    vocabulary = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
+                    vocabulary = read_json(folder / "vocab.json")
             if any(len(pair) != 2 for pair in merges):
                 raise ValueError("a merge is two tokens with a space between")
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{path}: cannot be read as a tokenizer ({type(error).__name__}: {error})") from error
-        return cls(merges, vocabulary, pad or _pad_token(folder))
+            raise WeightsError(f"{path}: cannot be read as a tokenizer ({type(error).__name__}: {error})") from error
+        for name in ("special_tokens_map.json", "tokenizer_config.json"):                     # the first has the say
+            if pad is None and (folder / name).is_file():
+                pad = read_json(folder / name).get("pad_token")
+                pad = pad["content"] if isinstance(pad, dict) else pad
+        return cls(merges, vocabulary, pad or EOS)
 
     def _word_ids(self, word):
         """One word -> its ids: the pair of lowest rank is merged, wherever it stands, until no known pair is left."""
@@ -113,13 +119,3 @@ class Tokenizer:
         """Text -> exactly `length` ids; what does not fit is cut off."""
         ids = [self.vocabulary[BOS], *self.encode(text)[:self.length - 2], self.vocabulary[EOS]]
         return ids + [self.pad] * (self.length - len(ids))
-
-
-def _pad_token(folder):
-    """The padding token of a tokenizer folder: special_tokens_map.json has the say, then tokenizer_config.json; else EOS."""
-    for name in ("special_tokens_map.json", "tokenizer_config.json"):
-        if (folder / name).is_file():
-            pad = json.loads((folder / name).read_text(encoding="utf-8")).get("pad_token")
-            if pad:
-                return pad["content"] if isinstance(pad, dict) else pad
-    return EOS

@@ -2,6 +2,7 @@
 
 Parameter names are those of diffusers' AutoencoderKL. Every GroupNorm here has eps 1e-6, unlike the UNet's residual blocks.
 """
+from collections import OrderedDict
 from dataclasses import dataclass
 
 import torch
@@ -10,17 +11,14 @@ from einops import rearrange
 from torch import nn
 
 from ..losses import wide
-from ..unet import Downsample, ResBlock, Upsample
+from ..unet import ResBlock
 
-EPS = 1e-6
+EPS, LATENT = 1e-6, 4                       # LATENT: channels of the latents of all these autoencoders
 
 
 @dataclass
 class VAEConfig:
     """The defaults are those of all public Stable Diffusion autoencoders; XL has scale 0.13025."""
-    in_channels: int = 3
-    out_channels: int = 3
-    latent_channels: int = 4
     channels: tuple = (128, 256, 512, 512)
     layers: int = 2                         # residual blocks of a level of the encoder; the decoder has one more
     groups: int = 32
@@ -42,62 +40,43 @@ class MidAttention(nn.Module):
         return x + rearrange(self.to_out(out), "b (h w) c -> b c h w", h=x.shape[2])
 
 
-class Half(Downsample):
+class Middle(nn.Module):
+    """Two residual blocks with attention between them."""
+
+    def __init__(self, dim, groups):
+        super().__init__()
+        self.resnets, self.attentions = resnets(dim, dim, 2, groups), nn.Sequential(MidAttention(dim, groups))
+
+    def forward(self, x):
+        return self.resnets[1](self.attentions(self.resnets[0](x)))
+
+
+def chain(**parts):
+    """The parts one after the other, under their names."""
+    return nn.Sequential(OrderedDict(parts))
+
+
+def resnets(c_in, c_out, count, groups):
+    """`count` residual blocks, the first of which changes the width."""
+    return nn.Sequential(*(ResBlock(c_in if i == 0 else c_out, c_out, None, groups, 0.0, EPS) for i in range(count)))
+
+
+def levels(channels, layers, groups, name, resize):
+    """Residual blocks for each of `channels`, and resize(width) behind all but the last."""
+    out = [chain(resnets=resnets(c_in, c_out, layers, groups)) for c_in, c_out in zip(channels[:1] + channels, channels)]
+    for level, width in zip(out[:-1], channels):
+        level.add_module(name, nn.Sequential(resize(width)))
+    return nn.Sequential(*out)
+
+
+def half(dim):
     """Half the size, padded on the right and below only: so it was trained."""
-
-    def __init__(self, dim):
-        super().__init__(dim)
-        self.conv.padding = (0, 0)
-
-    def forward(self, x):
-        return super().forward(F.pad(x, (0, 1, 0, 1)))
+    return chain(pad=nn.ZeroPad2d((0, 1, 0, 1)), conv=nn.Conv2d(dim, dim, 3, stride=2))
 
 
-class Double(Upsample):
+def double(dim):
     """Twice the size."""
-
-    def forward(self, x):
-        return super().forward(x, [2 * side for side in x.shape[2:]])
-
-
-class Blocks(nn.Module):
-    """One level: residual blocks, then a change of size; or the middle: two residual blocks with attention between them."""
-
-    def __init__(self, c_in, c_out, count, groups, resize=None, attention=False):
-        super().__init__()
-        self.resnets = nn.ModuleList(ResBlock(c_in if i == 0 else c_out, c_out, None, groups, 0.0, EPS) for i in range(count))
-        if attention:
-            self.attentions = nn.ModuleList([MidAttention(c_out, groups)])
-        if resize:
-            name, kind = resize
-            setattr(self, name, nn.ModuleList([kind(c_out)]))
-
-    def forward(self, x):
-        first, *rest = self.resnets
-        between = getattr(self, "attentions", ())
-        for module in (first, *between, *rest, *getattr(self, "downsamplers", ()), *getattr(self, "upsamplers", ())):
-            x = module(x)
-        return x
-
-
-class Coder(nn.Module):
-    """The encoder (down: levels, then the middle) or the decoder (the middle, then levels)."""
-
-    def __init__(self, c_in, c_out, channels, layers, groups, down):
-        super().__init__()
-        resize, last = ("downsamplers", Half) if down else ("upsamplers", Double), len(channels) - 1
-        self.conv_in = nn.Conv2d(c_in, channels[0], 3, padding=1)
-        levels = nn.ModuleList(Blocks(channels[max(i - 1, 0)], c, layers, groups, resize if i < last else None) for i, c in enumerate(channels))
-        self.mid_block = Blocks(*[channels[-1] if down else channels[0]] * 2, 2, groups, attention=True)
-        setattr(self, "down_blocks" if down else "up_blocks", levels)
-        self.conv_norm_out = nn.GroupNorm(groups, channels[-1], EPS)
-        self.conv_out = nn.Conv2d(channels[-1], c_out, 3, padding=1)
-
-    def forward(self, x):
-        x = self.conv_in(x)
-        for block in (*getattr(self, "down_blocks", ()), self.mid_block, *getattr(self, "up_blocks", ())):
-            x = block(x)
-        return self.conv_out(F.silu(self.conv_norm_out(x)))
+    return chain(nearest=nn.Upsample(scale_factor=2), conv=nn.Conv2d(dim, dim, 3, padding=1))
 
 
 class VAE(nn.Module):
@@ -106,10 +85,15 @@ class VAE(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.config, latent, channels = config, config.latent_channels, tuple(config.channels)
-        self.encoder = Coder(config.in_channels, 2 * latent, channels, config.layers, config.groups, down=True)
-        self.decoder = Coder(latent, config.out_channels, channels[::-1], config.layers + 1, config.groups, down=False)
-        self.quant_conv, self.post_quant_conv = nn.Conv2d(2 * latent, 2 * latent, 1), nn.Conv2d(latent, latent, 1)
+        self.config, channels, layers, groups = config, tuple(config.channels), config.layers, config.groups
+        first, last = channels[0], channels[-1]
+        self.encoder = chain(conv_in=nn.Conv2d(3, first, 3, padding=1), down_blocks=levels(channels, layers, groups, "downsamplers", half),
+                             mid_block=Middle(last, groups), conv_norm_out=nn.GroupNorm(groups, last, EPS), act=nn.SiLU(),
+                             conv_out=nn.Conv2d(last, 2 * LATENT, 3, padding=1))
+        self.decoder = chain(conv_in=nn.Conv2d(LATENT, last, 3, padding=1), mid_block=Middle(last, groups),
+                             up_blocks=levels(channels[::-1], layers + 1, groups, "upsamplers", double),
+                             conv_norm_out=nn.GroupNorm(groups, first, EPS), act=nn.SiLU(), conv_out=nn.Conv2d(first, 3, 3, padding=1))
+        self.quant_conv, self.post_quant_conv = nn.Conv2d(2 * LATENT, 2 * LATENT, 1), nn.Conv2d(LATENT, LATENT, 1)
 
     @property
     def factor(self):
@@ -125,9 +109,7 @@ class VAE(nn.Module):
         """Pictures -> the mean of their scaled latents, float32 or wider. The deviation around it is dropped (ours): it is small,
         and so the same picture always has the same latents, which can be computed once and kept. Tensors with the latents'
         number of channels are such latents, and come back as they are."""
-        if images.shape[1] == self.config.latent_channels:
-            return images
-        return self.config.scale * wide(self.moments(images)[0])
+        return images if images.shape[1] == LATENT else self.config.scale * wide(self.moments(images)[0])
 
     def decode(self, latents):
         """Scaled latents -> pictures, roughly in [-1, 1]."""
