@@ -106,7 +106,7 @@ class Criteria:
         raise CriteriaError(f"no dimension '{name}'; there are: " + ", ".join(n.name for n in self.tree.walk()))
 
     def columns(self, names=None):
-        """Indices, in `leaves`, of all leaves below the named nodes (one name or several; None: all): how a branch is chosen."""
+        """Indices, in `leaves`, of all leaves below the named nodes (one name, several, or None: all): a branch is chosen so."""
         if names is None:
             return list(range(len(self)))
         names = [names] if isinstance(names, str) else names
@@ -169,7 +169,7 @@ def _build(tree, above=()):
     here = path or name
     wrong = set(tree) - ({"name", "children"} if "children" in tree else {"name", "positive", "negative"})
     if wrong:
-        raise CriteriaError(f"{here}: a node has a name, and children or a pair of phrases; remove {sorted(wrong, key=str)}")
+        raise CriteriaError(f"{here}: a node has a name, and children or two phrases; remove {sorted(wrong, key=str)}")
     if "children" in tree:
         if not isinstance(tree["children"], list) or not tree["children"]:
             raise CriteriaError(f"{here}: 'children' must be a list that is not empty")

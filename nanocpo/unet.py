@@ -156,7 +156,7 @@ class Upsample(nn.Module):
 
 
 class Level(nn.Module):
-    """One level of the UNet: residual blocks, the first `count` each followed by a transformer of this depth; then a change of size."""
+    """One level of the UNet: residual blocks, a transformer behind each of the first `count`; then a change of size."""
 
     def __init__(self, widths_in, width, heads, depth, count, time_dim, config, resize=None):
         super().__init__()
