@@ -106,7 +106,7 @@ class Criteria:
         raise CriteriaError(f"no dimension '{name}'; there are: " + ", ".join(n.name for n in self.tree.walk()))
 
     def columns(self, names=None):
-        """Indices, in `leaves`, of all leaves below the named nodes (one name, several, or None: all): a branch is chosen so."""
+        """Indices, in `leaves`, of all leaves below the named nodes (one name, several; None: all): how a branch is chosen."""
         if names is None:
             return list(range(len(self)))
         names = [names] if isinstance(names, str) else names
