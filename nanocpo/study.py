@@ -89,7 +89,8 @@ def publish(args, summary, *parts):
     folder.mkdir(parents=True, exist_ok=True)
     stem = args.study if args.data == "flawed" else f"{args.study}_{Path(args.data).name}"
     (folder / f"{stem}.json").write_text(json.dumps(summary, indent=1, ensure_ascii=False), encoding="utf-8")
-    how = (f"`python -m nanocpo.study {args.study} --data {args.data}`; {args.steps} steps of {args.batch} pictures, {args.samples} "
+    some = " --only " + " ".join(f'"{name}"' for name in args.only) if args.only else ""
+    how = (f"`python -m nanocpo.study {args.study} --data {args.data}{some}`; {args.steps} steps of {args.batch} pictures, {args.samples} "
            f"pictures a row, {args.sampling_steps} sampling steps, seeds {', '.join(map(str, args.seeds))} (95 % intervals over seeds, "
            f"Student's t), base and auxiliary of seed {args.seed}.")
     text = "\n\n".join([f"# {stem.replace('_', ', ')}", *parts, f"![chart]({stem}.png)", how]) + "\n"

@@ -47,7 +47,7 @@ def test_methods_searches_then_measures_and_is_never_repeated(out, monkeypatch, 
     assert dpo["images"] == cpo["images"] == 8 and dpo["settings"]["batch"] == 2 and dpo["settings"]["seed"] == 1
     chosen = summary["chosen"]["CPO constant"]
     assert chosen in study.METHODS["CPO constant"][1] and cpo["settings"]["lr"] == chosen["lr"]
-    assert "| CPO constant |" in text and " ± " in text and "setting 4" in text
+    assert "| CPO constant |" in text and " ± " in text and "setting 4" in text and '--only "CPO constant" "Diffusion-DPO"`' in text
     assert not list((out / "study" / "methods").glob("*.pt")) and list((out / "study" / "methods").glob("CPO_constant_1.png"))
     monkeypatch.setitem(lab.KINDS, "align", lambda lab, args: pytest.fail("a finished run was repeated"))
     monkeypatch.setitem(lab.KINDS, "sample", lambda lab, args: pytest.fail("a finished run was repeated"))
