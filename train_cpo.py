@@ -37,11 +37,12 @@ def add_cpo_arguments(parser):
                         "none for dpo")
     parser.add_argument("--strength", type=float, help="k, mu or share of the stabilizer (losses.restraint); default: 0.55, and 0 with "
                         "--criteria: a branch alone is soon reached, and what is pulled harder takes the rest along")
-    parser.add_argument("--beta", type=float, help="preference strength; default: 4 / gap per sample for cpo, 200 for dpo")
+    parser.add_argument("--beta", type=float, help="preference strength; default: 4 / gap per sample for cpo, and 1 with --criteria "
+                        "(E20); 200 for dpo")
     parser.add_argument("--pairs", choices=["own", "completed", "opposite"], default="opposite",
                         help="what the auxiliary's two prompts list (preference_prompts)")
     parser.add_argument("--anchor", type=float, help="how far the two targets are moved, 0 to 1, from where the auxiliary stands to where "
-                        "the reference stands (E18): 1 changes nothing but the attributes; default: 0, and 0.5 with --criteria")
+                        "the reference stands (E18): 1 changes nothing but the attributes; default: 0")
     parser.add_argument("--criteria", nargs="+", help="align on these branches of the tree only, by name or path")
     parser.add_argument("--paint", type=int, default=1024, help="with --criteria: pictures that the auxiliary paints anew, right in the "
                         "branch and else as annotated, to train on instead of the data (0: the data; with --weights always)")

@@ -62,7 +62,7 @@ def add_common_arguments(parser):
 
 
 def load_data(args):
-    """The data that the flags ask for, as Paintings. Raises DataError or CriteriaError with the cure."""
+    """The data that the flags ask for, as Paintings. Raises ValueError (or its DataError, CriteriaError) with the cure."""
     criteria = Criteria.load(args.tree) if args.tree else None
     if args.data in ("flawed", "mixed"):
         return from_painter(criteria, args.count, args.data, seed=args.seed)

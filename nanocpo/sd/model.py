@@ -163,7 +163,7 @@ class SDModel(nn.Module):
             some = self.text.tokens(asked)
 
             def predict(xt, t):
-                if len(asked) == len(xt):
+                if guidance == 1:
                     return self(xt, t, some)
                 return guide(*self(torch.cat([xt, xt]), torch.cat([t, t]), some).chunk(2), guidance)
             latents = self.diffusion.sample(predict, noise[start:start + batch].to(self.device), steps, eta, generator)
