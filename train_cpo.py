@@ -35,14 +35,12 @@ def add_cpo_arguments(parser):
                         "sft: plain fine-tuning on the best pictures")
     parser.add_argument("--stabilizer", choices=RULES, help="how far the loser's gradient is held back; default: constant for cpo, "
                         "none for dpo")
-    parser.add_argument("--strength", type=float, help="k, mu or share of the stabilizer (losses.restraint); default: 0.55, and 0 with "
-                        "--criteria: a branch alone is soon reached, and what is pulled harder takes the rest along")
+    parser.add_argument("--strength", type=float, help="k, mu or share of the stabilizer (losses.restraint); default: 0.55, and -0.15 "
+                        "with --criteria: a branch alone is soon reached, and what is pulled harder takes the rest along")
     parser.add_argument("--beta", type=float, help="preference strength; default: 4 / gap per sample for cpo, and 1 with --criteria "
-                        "(E20); 200 for dpo")
+                        "(E19); 200 for dpo")
     parser.add_argument("--pairs", choices=["own", "completed", "opposite"], default="opposite",
                         help="what the auxiliary's two prompts list (preference_prompts)")
-    parser.add_argument("--anchor", type=float, help="how far the two targets are moved, 0 to 1, from where the auxiliary stands to where "
-                        "the reference stands (E18): 1 changes nothing but the attributes; default: 0")
     parser.add_argument("--criteria", nargs="+", help="align on these branches of the tree only, by name or path")
     parser.add_argument("--paint", type=int, default=1024, help="with --criteria: pictures that the auxiliary paints anew, right in the "
                         "branch and else as annotated, to train on instead of the data (0: the data; with --weights always)")
@@ -59,10 +57,10 @@ def add_cpo_arguments(parser):
 
 
 def branch_defaults(args):
-    """(--strength, --anchor, --beta), or their defaults for CPO, which are others for a branch alone: a small beta leaves
-    the mean over the contexts, which the target cannot see, unweighted (E20; docs/results/decoupling.md)."""
-    defaults = (0.0, 0.0, 1.0) if args.criteria else (0.55, 0.0, None)
-    return tuple(default if value is None else value for value, default in zip((args.strength, args.anchor, args.beta), defaults))
+    """(--strength, --beta), or their defaults for CPO, which are others for a branch alone: the target stops a little short of z_win
+    (E12), and a small beta leaves the mean over the contexts, which it cannot see, unweighted (E19; docs/results/decoupling.md)."""
+    defaults = (-0.15, 1.0) if args.criteria else (0.55, None)
+    return tuple(default if value is None else value for value, default in zip((args.strength, args.beta), defaults))
 
 
 def painted(args, data, auxiliary, columns):
@@ -79,38 +77,34 @@ def painted(args, data, auxiliary, columns):
 
 
 def preference_prompts(criteria, batch, columns, pairs):
-    """The auxiliary's prompts for each picture: B winners, B losers, and B without the leaves to align on, `columns`. The rest of
-    the annotation, the context, stands in all three alike, so that the gap between the first two is about these leaves only (E2).
+    """The auxiliary's prompts for each picture: (B winners, B losers). Beside the leaves to align on, `columns`, the annotation stands
+    in both alike as their context, so that the gap is about these leaves only (E2).
 
     own: the picture's own positive against its own negative attributes (the paper's A_pos and A_neg);
     completed (ours): each negative attribute's positive twin joins the winner; opposite (ours): all positive against all negative."""
     chosen = np.isin(np.arange(len(criteria)), columns)
-    win, lose, context = (batch.annotations.copy() for _ in range(3))     # each (B, leaves)
+    win, lose = batch.annotations.copy(), batch.annotations.copy()        # each (B, leaves)
     win[chosen & (win < 0)] = 0 if pairs == "own" else 1
     lose[chosen & (lose > 0)] = -1 if pairs == "opposite" else 0
-    context[:, columns] = 0
-    return tuple([criteria.prompt(c, a) for c, a in zip(batch.captions, side)] for side in (win, lose, context))
+    return tuple([criteria.prompt(c, a) for c, a in zip(batch.captions, side)] for side in (win, lose))
 
 
 def cpo_step(args, data, reference, auxiliary, columns):
-    """The loss of one CPO step: one noised batch, four predictions (E2), the targets moved towards the reference if so asked (E18).
+    """The loss of one CPO step: one noised batch, four predictions (E2).
 
     Method esd (2303.07345): plain regression to the target guided at scale 1 / (1 - k), where `constant` ends (E17)."""
-    strength, anchor, beta = branch_defaults(args)
+    strength, beta = branch_defaults(args)
 
     def loss_step(target, generator):
         batch = draw(data, args.batch, generator)
         t = draw_t(args.batch, target.diffusion.steps, generator, args.lean)
         xt, t, _, _ = noised(target, batch.images, generator, t)
         plain = target.text.tokens([data.criteria.prompt(caption) for caption in batch.captions])
-        prompts = preference_prompts(data.criteria, batch, columns, args.pairs)[:3 if anchor else 2]
+        win, lose = preference_prompts(data.criteria, batch, columns, args.pairs)
         with torch.no_grad():
             eps_ref = reference(xt, t, plain)
-            # all in one batch: their small differences must not be differences of kernels
-            count = len(prompts)
-            z_win, z_lose, *neutral = auxiliary(torch.cat([xt] * count), torch.cat([t] * count), sum(prompts, [])).chunk(count)
-            if anchor:
-                z_win, z_lose = (z + anchor * (eps_ref - neutral[0]) for z in (z_win, z_lose))
+            # both in one batch: their small difference must not be one of kernels
+            z_win, z_lose = auxiliary(torch.cat([xt, xt]), torch.cat([t, t]), win + lose).chunk(2)
         eps = target(xt, t, plain)
         if args.method == "esd":
             return *sft_loss(eps, guide(z_win, z_lose, 1 / (1 - strength))), t
@@ -121,7 +115,7 @@ def cpo_step(args, data, reference, auxiliary, columns):
 def dpo_step(args, data, reference, columns):
     """The loss of one Diffusion-DPO step (E8): pairs of pictures with one caption, fewer against more negative attributes."""
     rule, beta = args.stabilizer or "none", 200.0 if args.beta is None else args.beta
-    strength = branch_defaults(args)[0]                                   # one x_t a picture: nothing to anchor
+    strength = branch_defaults(args)[0]
     badness = (data.annotations[:, columns] < 0).sum(1)
     groups = {caption: np.flatnonzero(np.array(data.captions) == caption) for caption in set(data.captions)}
 

@@ -153,7 +153,7 @@ def finished(path):
 
 def draw_t(count, steps, generator, lean=0.7):
     """count timesteps t = T u^lean with u uniform in [0, 1): with 0.7 the noisy half, where subject and composition are decided, gets
-    63 % of them (ours; E19). u is stratified, one in each of `count` equal parts of [0, 1): a batch sees all noise levels (2107.00630)."""
+    63 % of them (ours; E18). u is stratified, one in each of `count` equal parts of [0, 1): a batch sees all noise levels (2107.00630)."""
     u = (torch.arange(count) + torch.rand(count, generator=generator)) / count
     return (steps * u ** lean).long().clamp(max=steps - 1)
 

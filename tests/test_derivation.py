@@ -87,16 +87,16 @@ def faults(text):
 
 def test_every_equation_has_code_and_test_that_cite_it():
     assert not faults(TEXT), "\n".join(faults(TEXT))
-    assert len(parse_table(TEXT)) == 20
+    assert len(parse_table(TEXT)) == 19
 
 
 @pytest.mark.parametrize("old, new, complaint", [
     ("`losses.restraint`", "`losses.restrain`", "E10: the function losses.restrain does not exist"),
     ("`test_losses.test_half_and_pixel_mean`", "`test_losses.test_half`", "E7: the test test_losses.test_half does not exist"),
-    ("`train.draw_t`", "`train.draw`", "E19: no function of ['train.draw'] cites it"),
-    ("`test_derivation.test_share_of_noisy_timesteps`", "`test_losses.test_defaults`", "E19: no test of"),
-    (r"\tag{E19}", r"\tag{E20}", "equations are not numbered in order"),
-    ("| E19 |", "| E18 |", "rows of the table"),
+    ("`train.draw_t`", "`train.draw`", "E18: no function of ['train.draw'] cites it"),
+    ("`test_derivation.test_share_of_noisy_timesteps`", "`test_losses.test_defaults`", "E18: no test of"),
+    (r"\tag{E18}", r"\tag{E19}", "equations are not numbered in order"),
+    ("| E18 |", "| E17 |", "rows of the table"),
 ])
 def test_the_table_is_really_checked(old, new, complaint):
     assert old in TEXT and any(fault.startswith(complaint) for fault in faults(TEXT.replace(old, new)))
@@ -262,7 +262,7 @@ def one_step(*flags):
     reference, auxiliary, target = models
     step = train_cpo.cpo_step(args, DATA, reference, auxiliary, list(range(len(DATA.criteria))))
     loss, logs, _ = step(target, torch.Generator().manual_seed(0))
-    return loss, logs, seen[2], seen[0], *seen[1].chunk(len(seen[1]) // len(seen[0]))
+    return loss, logs, seen[2], seen[0], *seen[1].chunk(2)
 
 
 def test_esd_is_regression_to_the_limit_of_constant():
@@ -273,30 +273,9 @@ def test_esd_is_regression_to_the_limit_of_constant():
     close(guide(z_win, z_lose, 4.0), z_win + 3 * (z_win - z_lose), 1e-9)
 
 
-def test_anchored_targets_keep_the_margin_and_end_beside_the_reference():
-    """--anchor a: both targets moved by a (eps_ref - z_0), the same margin; at a = 1 the limit is eps_ref + (z_win - z_0) + k / (1 - k) d (E18):
-    the reference moved by what the chosen attributes change, and not by what else the auxiliary knows."""
-    k = 0.6
-    plain, moved = (one_step("--strength", str(k), "--anchor", anchor) for anchor in ("0", "1"))
-    close(moved[1]["margin"], plain[1]["margin"], 1e-3)           # float32, and beta = 4 / a small gap
-    assert plain[1]["margin"].abs().min() > 0.01 and len(plain) == 6 and len(moved) == 7
-    _, logs, _, eps_ref, z_win, z_lose, z_0 = moved
-    square = lambda x: x.square().flatten(1).mean(1)
-    close(logs["winner_ref"].double(), square(z_win - z_0), 1e-5)
-    close(logs["loser_ref"].double(), square(z_lose - z_0), 1e-5)
-    assert (square(z_win - z_0) > 1e-6).all() and (square(z_win - eps_ref) > 1e-3).all()
-    half = one_step("--strength", str(k), "--anchor", "0.5")
-    close(half[1]["winner_ref"].double(), square((z_win - eps_ref + z_win - z_0) / 2), 1e-5)
-
-    moved_win, moved_lose = (eps_ref + z - z_0 for z in (z_win, z_lose))
-    eps = (eps_ref + (z_win - z_0) + k / (1 - k) * (z_win - z_lose)).requires_grad_()
-    loss, _ = cpo_loss(eps, eps_ref, moved_win, moved_lose, 0.1, "constant", k)
-    close(torch.autograd.grad(loss, eps)[0], 0.0, 1e-12)
-
-
 def test_unseen_contexts_are_weighted_unless_beta_is_small():
     """One x_t, two contexts, one output for both. With `winner` its gradient is sum_j w_j (eps - z_win^j), w_j = beta_j sigma(-u_j), so it ends
-    at their mean with these weights (E20). With beta = 4 / gap they start at the inverse ratio of the gaps, a large beta ends with most
+    at their mean with these weights (E19). With beta = 4 / gap they start at the inverse ratio of the gaps, a large beta ends with most
     weight on the small gap, a small one leaves them equal."""
     z_win = torch.tensor([1.0, 0.6], dtype=torch.float64).view(2, 1, 1, 1)
     d = torch.tensor([1.0, 0.2], dtype=torch.float64)             # the gap's two values; their squares are 1 and 0.04
@@ -316,6 +295,6 @@ def test_unseen_contexts_are_weighted_unless_beta_is_small():
 
 @pytest.mark.parametrize("lean", [0.7, 0.4])
 def test_share_of_noisy_timesteps(lean):
-    """P(t >= T / 2) = 1 - 2^(-1 / lean) (E19): 63 % and 82 %."""
+    """P(t >= T / 2) = 1 - 2^(-1 / lean) (E18): 63 % and 82 %."""
     t = draw_t(20_000, 1000, torch.Generator().manual_seed(0), lean)
     assert abs((t >= 500).double().mean() - (1 - 2 ** (-1 / lean))) < 1e-3
