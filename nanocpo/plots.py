@@ -60,14 +60,14 @@ def ticks(low, high, count=6):
     return [round(i * step, 10) for i in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
 
 
-def line_chart(path, series, title, x_label, y_label, width=760, height=430, zero=True):
+def line_chart(path, series, title, x_label, y_label):
     """series: {name: (x values, means, halves of the intervals)}; None in means leaves a gap. One line each, with a legend."""
+    width, height = 760, 430
     points = [(x, m, h) for xs, means, halves in series.values() for x, m, h in zip(xs, means, halves) if m is not None]
     x_low, x_high = min(p[0] for p in points), max(p[0] for p in points)
-    y_low, y_high = min(p[1] - p[2] for p in points), max(p[1] + p[2] for p in points)
-    y_low = min(0, y_low) if zero else y_low
+    y_low, y_high = min(0, *(p[1] - p[2] for p in points)), max(p[1] + p[2] for p in points)             # 0 is always shown
     x_pad, y_pad = 0.03 * (x_high - x_low) or 1, 0.04 * (y_high - y_low) or 1
-    x_low, x_high, y_low, y_high = x_low - x_pad, x_high + x_pad, y_low - (0 if zero and y_low == 0 else y_pad), y_high + y_pad
+    x_low, x_high, y_low, y_high = x_low - x_pad, x_high + x_pad, y_low - (y_pad if y_low < 0 else 0), y_high + y_pad
     legend = 24 + 7 * max(len(name) for name in series)
     left, top, right, bottom = 64, 44, width - legend - 16, height - 52
     at_x = lambda x: left + (x - x_low) / (x_high - x_low) * (right - left)

@@ -276,10 +276,8 @@ def guidance(lab):
     text = markdown(["row", "scale s", *HEADER], [[name, f"{s:g}", *(written([r[k] for r in some], d) for k, d in COLUMNS)]
                                                  for name, scales in rows.items() for s, some in scales.items()])
     stem = publish(args, {"rows": rows}, text)
-    mean = lambda some, key: over_seeds([r[key] for r in some])
-    lines = {name: ([mean(some, "diversity")[0] for some in scales.values()], *zip(*(mean(some, "neg") for some in scales.values())))
-             for name, scales in rows.items()}
-    line_chart(f"{stem}.png", lines, f"Scales s = {', '.join(f'{s:g}' for s in GUIDANCE)}", "diversity", "#A_neg", width=860)
+    lines = {name: (GUIDANCE, *zip(*(over_seeds([r["neg"] for r in some]) for some in scales.values()))) for name, scales in rows.items()}
+    line_chart(f"{stem}.png", lines, "Guided at each step, or guidance in the weights", "scale s (1: none)", "#A_neg")
 
 
 def world(lab):
