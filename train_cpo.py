@@ -35,8 +35,8 @@ def add_cpo_arguments(parser):
                         "sft: plain fine-tuning on the best pictures")
     parser.add_argument("--stabilizer", choices=RULES, help="how far the loser's gradient is held back; default: constant for cpo, "
                         "none for dpo")
-    parser.add_argument("--strength", type=float, help="k, mu or share of the stabilizer (losses.restraint); default: 0.55, and -0.15 "
-                        "with --criteria: a branch alone is soon reached, and what is pulled harder takes the rest along")
+    parser.add_argument("--strength", type=float, help="k, mu or share of the stabilizer (losses.restraint); default: 0.55, and 0 with "
+                        "--criteria: a branch alone is soon reached, and what is pulled harder takes the rest along")
     parser.add_argument("--beta", type=float, help="preference strength; default: 4 / gap per sample for cpo, and 1 with --criteria "
                         "(E19); 200 for dpo")
     parser.add_argument("--pairs", choices=["own", "completed", "opposite"], default="opposite",
@@ -57,9 +57,9 @@ def add_cpo_arguments(parser):
 
 
 def branch_defaults(args):
-    """(--strength, --beta), or their defaults for CPO, which are others for a branch alone: the target stops a little short of z_win
-    (E12), and a small beta leaves the mean over the contexts, which it cannot see, unweighted (E19; docs/results/decoupling.md)."""
-    defaults = (-0.15, 1.0) if args.criteria else (0.55, None)
+    """(--strength, --beta), or their defaults for CPO, which are others for a branch alone: the target ends at z_win (E12), and
+    a small beta leaves the mean over the contexts, which it cannot see, unweighted (E19; docs/results/decoupling.md)."""
+    defaults = (0.0, 1.0) if args.criteria else (0.55, None)
     return tuple(default if value is None else value for value, default in zip((args.strength, args.beta), defaults))
 
 

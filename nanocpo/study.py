@@ -47,6 +47,7 @@ METHODS = {
 SAMPLERS = {"base": ("base", "plain"), "auxiliary prompted": ("auxiliary", "prompted"), "auxiliary guided": ("auxiliary", "guided")}
 SPEED = {rule: dict(stabilizer=rule, strength=STRENGTH[rule]) for rule in RULES}
 SPEED["none, slower"] = dict(stabilizer="none", lr=5e-5)          # the rate at which vanilla does best (study methods)
+DOSES = {"k 0": dict(strength=0.0), "k -0.15": dict(strength=-0.15)}       # of decoupling: at z_win, or a little short of it (E12)
 LEVELS = {                                    # of the annotation study: shares of all leaves that are judged, of verdicts that are wrong
     "as painted": (0.9, 0.0), "75 % judged": (0.75, 0.0), "50 % judged": (0.5, 0.0), "25 % judged": (0.25, 0.0), "10 % judged": (0.1, 0.0),
     "5 % wrong": (0.9, 0.05), "10 % wrong": (0.9, 0.1), "20 % wrong": (0.9, 0.2)}
@@ -209,21 +210,41 @@ def speed(lab):
 
 def decoupling(lab):
     """Align one branch at a time, measure all of them: the diagonal should fall to a half, the rest stay within a tenth."""
-    args, roots = lab.args, [root.name for root in lab.data.criteria.roots]
-    bases = [result["row"] for result in lab.run(base_runs(args.seeds))]
-    results = iter(lab.run([(f"{slug(root)}_{seed}", "align", dict(criteria=[root], seed=seed)) for root in roots for seed in args.seeds]))
+    args, roots, doses = lab.args, [root.name for root in lab.data.criteria.roots], chosen_rows(lab.args, DOSES)
+    search = dict(seed=args.validation, samples=2 * args.samples)         # a tenth of a small number is soon lost in the noise
+    validation, *bases = [result["row"] for result in lab.run([*base_runs([args.validation], **search), *base_runs(args.seeds)])]
+
+    def relative(result, base):
+        """Each root's #A_neg over the base's from the same noise."""
+        return [result["row"]["by_root"][root] / max(base["by_root"][root], 0.01) for root in roots]
+
+    def score(row, own):
+        """Below 1 both aims hold: the own branch at a half or less, no other changed by more than a tenth."""
+        return max([row[own] / 0.5] + [abs(x - 1) / 0.1 for other, x in enumerate(row) if other != own])
+
+    found = iter(lab.run([(f"search_{slug(root)}_{slug(name)}", "align", dose | dict(criteria=[root]) | search)
+                          for root in roots for name, dose in doses.items()]))
+    tried = {root: {name: relative(next(found), validation) for name in doses} for root in roots}
+    scores = {root: {name: score(row, roots.index(root)) for name, row in tried[root].items()} for root in roots}
+    best = {root: min(doses, key=scores[root].get) for root in roots}
+    results = iter(lab.run([(f"{slug(root)}_{slug(best[root])}_{seed}", "align", doses[best[root]] | dict(criteria=[root], seed=seed))
+                            for root in roots for seed in args.seeds]))
     rows, table = {}, []
     for root in roots:
-        some = [next(results)["row"] for _ in args.seeds]                 # each over the base's from the same noise
-        rows[root] = [[row["by_root"][other] / max(base["by_root"][other], 0.01) for row, base in zip(some, bases)] for other in roots]
-        table.append([root, *map(written, rows[root]), written([row["caption"] for row in some], 3)])
+        some = [next(results) for _ in args.seeds]
+        rows[root] = list(zip(*(relative(result, base) for result, base in zip(some, bases))))           # (roots, seeds)
+        table.append([f"{root} ({best[root]})", *map(written, rows[root]), written([r["row"]["caption"] for r in some], 3)])
     means = [[over_seeds(values)[0] for values in rows[root]] for root in roots]
     worst = max(abs(x - 1) for i, row in enumerate(means) for j, x in enumerate(row) if i != j)
-    stem = publish(args, {"roots": roots, "relative": rows, "base": bases},
-                   "#A_neg of each root dimension over the base's from the same noise; rows: the branch that was aligned. Base: "
+    searched = markdown(["branch", *doses], [[root, *(f"{scores[root][name]:.2f} (own {tried[root][name][i]:.2f})" for name in doses)]
+                                             for i, root in enumerate(roots)])
+    stem = publish(args, {"roots": roots, "chosen": best, "relative": rows, "scores": scores, "base": bases},
+                   "#A_neg of each root dimension over the base's from the same noise; rows: the branch that was aligned (and its k). Base: "
                    + ", ".join(f"{root} {np.mean([b['by_root'][root] for b in bases]):.2f}" for root in roots)
                    + f"; caption {np.mean([b['caption'] for b in bases]):.3f}.", markdown(["aligned on", *roots, "caption"], table),
-                   f"Largest own share {max(means[i][i] for i in range(len(roots))):.2f}, largest change of another {worst:.2f}.")
+                   f"Largest own share {max(means[i][i] for i in range(len(roots))):.2f}, largest change of another {worst:.2f}.",
+                   f"The search, seed {args.validation}, {search['samples']} pictures: the worse of (own share / 0.5) and (largest change of "
+                   "another / 0.1); below 1 both aims hold. Each branch takes the k with the smaller.", searched)
     matrix_chart(f"{stem}.png", means, roots, roots, "Align one branch, measure all: #A_neg over the base's",
                  "row: aligned branch; column: measured branch")
 
@@ -315,7 +336,7 @@ def main(argv=None):
     parser.add_argument("--batches", type=int, default=8, help="batches that `gap` looks at")
     parser.add_argument("--step-size", type=float, default=3e-4, help="relative length of the one step that `gap` takes")
     parser.add_argument("--world-steps", type=int, default=1500, help="training steps of the tiny network of `world`")
-    parser.add_argument("--only", nargs="+", help="only these rows (methods, speed, annotation)")
+    parser.add_argument("--only", nargs="+", help="only these rows (methods, speed, annotation) or doses (decoupling)")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, each with its share of the cores; on two cores 1 is fastest")
     args = parser.parse_args(argv)
     lab = Lab(args)

@@ -103,7 +103,7 @@ MUTANTS = [
           ("np.argsort(badness, kind", "np.argsort(-badness, kind", "SFT on the worst part"),
           ("generator, args.lean)", "generator)", "--lean does nothing"),
           ("default if value is None else value", "value or default", "--strength 0 is taken for none given"),
-          ("(-0.15, 1.0) if args.criteria", "(0.55, None) if args.criteria", "a branch alone is pulled as hard as the whole tree"),
+          ("(0.0, 1.0) if args.criteria", "(0.55, None) if args.criteria", "a branch alone is pulled as hard as the whole tree"),
           ("annotations[:, columns] = 1", "annotations[:, columns] = -1", "a branch is learned at pictures that are wrong in it"),
           ("if args.criteria and args.paint", "if args.paint and not args.criteria", "a branch is learned at the flawed pictures"),
           ('method_step(args, data.split("train")', 'method_step(args, data.split("test")', "aligned on the test pictures")),

@@ -238,7 +238,7 @@ def test_a_branch_is_pulled_more_gently_unless_told_otherwise():
     parser = argparse.ArgumentParser()
     train_cpo.add_cpo_arguments(parser)
     flags = ("", "--criteria Tone", "--strength 0 --beta 9", "--criteria Tone --strength 0.9 --beta 0")
-    assert [train_cpo.branch_defaults(parser.parse_args(f.split())) for f in flags] == [(0.55, None), (-0.15, 1), (0, 9), (0.9, 0)]
+    assert [train_cpo.branch_defaults(parser.parse_args(f.split())) for f in flags] == [(0.55, None), (0, 1), (0, 9), (0.9, 0)]
 
 
 def test_a_branch_is_learned_at_pictures_that_are_right_in_it(monkeypatch):
