@@ -10,12 +10,12 @@ import argparse
 
 import numpy as np
 
-from nanocpo.critic import judge
+from nanocpo.critic import judge, unmeasured
 from nanocpo.data import to_images
 from nanocpo.grid import save_grid
 from nanocpo.model import load_model
 from nanocpo.sd import finetune
-from nanocpo.train import pick_device
+from nanocpo.train import above, pick_device
 
 
 def main(argv=None):
@@ -26,21 +26,21 @@ def main(argv=None):
     parser.add_argument("--positive", nargs="+", default=[], help="attributes to list as good: phrases, leaf names, or all")
     parser.add_argument("--negative", nargs="+", default=[], help="attributes to list as bad; with guidance, to move away from")
     parser.add_argument("--guidance", type=float, default=1.0, help="1: none")
-    parser.add_argument("--count", type=int, default=4, help="pictures for each caption")
+    parser.add_argument("--count", type=above(0), default=4, help="pictures for each caption")
     parser.add_argument("--steps", type=int, default=12, help="sampling steps")
     parser.add_argument("--eta", type=float, default=0.0, help="0: DDIM; 1: as much noise as DDPM")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=above(-1), default=0)
     parser.add_argument("--judge", action="store_true", help="write the critic's verdict under each picture")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, mps")
     parser.add_argument("--out", default="samples.png")
     finetune.add_arguments(parser)
     args = finetune.parse(parser, argv, finetune.SAMPLING)
-    if args.count < 1:
-        raise ValueError(f"--count must be at least 1, not {args.count}")
     if args.weights:
         return finetune.paint(args)
     model = load_model(args.checkpoint, pick_device(args.device))
     criteria = model.criteria
+    if args.judge and unmeasured(criteria, model.captions):
+        raise ValueError(f"--judge: the critic has no measure for {', '.join(unmeasured(criteria, model.captions))}; leave it out")
     good, bad = ([leaf.name for leaf in criteria.leaves] if words == ["all"] else words for words in (args.positive, args.negative))
     captions = [c for c in args.caption or model.captions for _ in range(args.count)]
     if args.guidance == 1:                                                # one prompt carries both sides

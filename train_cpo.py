@@ -9,6 +9,7 @@ negative attributes, and the target model learns to prefer the first (2601.04300
 """
 import argparse
 import json
+import re
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -16,16 +17,15 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from nanocpo.critic import unmeasured
 from nanocpo.data import to_images
 from nanocpo.diffusion import guide
-from nanocpo.evaluate import evaluate, report_stem, rows_key, table
+from nanocpo.evaluate import evaluate, report_stem, rows_key, table, unfit
 from nanocpo.grid import save_grid
 from nanocpo.losses import RULES, cpo_loss, dpo_loss, sft_loss
-from nanocpo.model import whole_file
+from nanocpo.model import fingerprint, whole_file
 from nanocpo.sd import finetune
-from nanocpo.train import add_common_arguments, draw, draw_t, load_data, noised
-from train_sft import add_sft_arguments, attribute_prompts, caption_prompts, ensure_models, run_stage, sft_step
+from nanocpo.train import above, add_common_arguments, draw, draw_t, load_data, noised
+from train_sft import add_sft_arguments, attribute_prompts, caption_prompts, ensure_models, identity, run_stage, sft_step
 
 
 def add_cpo_arguments(parser):
@@ -37,21 +37,21 @@ def add_cpo_arguments(parser):
                         "none for dpo")
     parser.add_argument("--strength", type=float, help="k, mu or share of the stabilizer (losses.restraint); default: 0.55, and 0 with "
                         "--criteria: a branch alone is soon reached, and what is pulled harder takes the rest along")
-    parser.add_argument("--beta", type=float, help="preference strength; default: 4 / gap per sample for cpo, and 1 with --criteria "
+    parser.add_argument("--beta", type=above(0, float), help="preference strength; default: 4 / gap per sample for cpo, and 1 with --criteria "
                         "(E19); 200 for dpo")
     parser.add_argument("--pairs", choices=["own", "completed", "opposite"], default="opposite",
                         help="what the auxiliary's two prompts list (preference_prompts)")
     parser.add_argument("--criteria", nargs="+", help="align on these branches of the tree only, by name or path")
-    parser.add_argument("--paint", type=int, default=1024, help="with --criteria: pictures that the auxiliary paints anew, right in the "
+    parser.add_argument("--paint", type=above(-1), default=1024, help="with --criteria: pictures that the auxiliary paints anew, right in the "
                         "branch and else as annotated, to train on instead of the data (0: the data; with --weights always)")
-    parser.add_argument("--best", type=float, default=0.1, help="share of the data that --method sft keeps")
-    parser.add_argument("--steps", type=int, default=150)
-    parser.add_argument("--lr", type=float, default=6e-4)
-    parser.add_argument("--lean", type=float, default=0.4, help="cpo trains at t = T u^lean, u uniform: where little of the training "
+    parser.add_argument("--best", type=above(0, float), default=0.1, help="share of the data that --method sft keeps")
+    parser.add_argument("--steps", type=above(0), default=150)
+    parser.add_argument("--lr", type=above(0, float), default=6e-4)
+    parser.add_argument("--lean", type=above(0, float), default=0.4, help="cpo trains at t = T u^lean, u uniform: where little of the training "
                         "picture is left to contradict the prompt")
     parser.add_argument("--name", default="target", help="name of the checkpoint, its log and its report row")
-    parser.add_argument("--samples", type=int, default=512, help="pictures a row of the report (0: no report); with --weights 16")
-    parser.add_argument("--sampling-steps", type=int, default=12)
+    parser.add_argument("--samples", type=above(-1), default=512, help="pictures a row of the report (0: no report); with --weights 16")
+    parser.add_argument("--sampling-steps", type=above(0), default=12)
     parser.add_argument("--guidance", type=float, default=2.0, help="scale of the row auxiliary_guided; with --weights of all pictures, "
                         "7.5")
 
@@ -161,7 +161,9 @@ def align(args, data, base, auxiliary, watch=None):
     """Train OUT/NAME.pt from the base model; returns (the aligned model, frozen; the last log line). watch: see run_stage."""
     target = base.frozen_copy().requires_grad_(True)                      # its own weights: base stays the reference
     step = method_step(args, data.split("train"), base, auxiliary)
-    return run_stage(args, target, step, args.name, args.steps, args.lr, watch=watch)
+    flags = ("method", "stabilizer", "strength", "beta", "pairs", "criteria", "paint", "sampling_steps", "best", "lean")
+    made_of = {"data": identity(args, data), "base": fingerprint(base), "auxiliary": fingerprint(auxiliary)} | {k: getattr(args, k) for k in flags}
+    return run_stage(args, target, step, args.name, args.steps, args.lr, made_of=made_of, watch=watch)
 
 
 def report(args, base, auxiliary, target, seconds):
@@ -199,19 +201,24 @@ def main(argv=None):
     add_cpo_arguments(parser)
     finetune.add_arguments(parser)
     args = finetune.parse(parser, argv, finetune.TRAINING)
-    if args.name in ("base", "auxiliary"):
-        parser.error(f"--name {args.name} would overwrite OUT/{args.name}.pt, which stage 1 makes; choose another name")
+    if not re.fullmatch(r"[\w.-]{1,99}", args.name) or re.fullmatch(r"base|auxiliary(_\w+)?|rows", args.name.lower()):
+        parser.error(f"--name '{args.name}' is no name for files, or is taken by stage 1 and the report; choose another")
+    if args.method in ("cpo", "esd") and args.stabilizer in (None, "constant") and args.strength is not None and args.strength >= 1:
+        parser.error(f"--strength {args.strength:g}: 'constant' needs less than 1; at 1 it is 'none' and has no limit (E12)")
+    if args.samples == 1:
+        parser.error("--samples 1: an interval needs two pictures at least; 0 leaves the report out")
     if args.weights:
         data, base = finetune.start(args)
         return finetune.align(args, data, base, sft_step(args, data.split("train"), attribute_prompts), method_step)
     start = time.time()
     data = load_data(args)
+    data.criteria.columns(args.criteria)                                  # a wrong name is said before the training, not after
     base, auxiliary = ensure_models(args, data)
     target, line = align(args, data, base, auxiliary)
-    missing = unmeasured(data.criteria, data.captions)
-    if missing:
-        print(f"no report: the critic has no measure for {', '.join(missing)}; look at OUT/samples and the log instead")
-    if missing or args.samples == 0:
+    reason = unfit(data)
+    if reason:
+        print(f"no report: {reason}; look at OUT/samples and the log instead")
+    if reason or args.samples == 0:
         return line
     return report(args, base, auxiliary, target, time.time() - start)
 

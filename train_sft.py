@@ -17,18 +17,18 @@ from nanocpo.data import to_images
 from nanocpo.evaluate import all_prompts
 from nanocpo.grid import save_grid
 from nanocpo.losses import sft_loss
-from nanocpo.model import Model, load_model
+from nanocpo.model import Model, fingerprint, load_checkpoint, load_model
 from nanocpo.sd import finetune
-from nanocpo.train import (Recipe, add_common_arguments, draw, drop_caption, finished, fit, load_data, noised, pick_device)
+from nanocpo.train import (PAINTED, Recipe, above, add_common_arguments, draw, drop_caption, finished, fit, load_data, noised, pick_device)
 
 
 def add_sft_arguments(parser):
     """The flags of stage 1; train_cpo.py has them too, since it runs what is missing. The values are ours."""
     parser.add_argument("--base", help="start from this checkpoint instead of training OUT/base.pt")
-    parser.add_argument("--base-steps", type=int, default=1000, help="steps of the base model on plain captions")
-    parser.add_argument("--base-lr", type=float, default=2e-3)
-    parser.add_argument("--sft-steps", type=int, default=1000, help="steps of the auxiliary model")
-    parser.add_argument("--sft-lr", type=float, default=2e-3)
+    parser.add_argument("--base-steps", type=above(0), default=1000, help="steps of the base model on plain captions")
+    parser.add_argument("--base-lr", type=above(0, float), default=2e-3)
+    parser.add_argument("--sft-steps", type=above(0), default=1000, help="steps of the auxiliary model")
+    parser.add_argument("--sft-lr", type=above(0, float), default=2e-3)
 
 
 def attribute_prompts(criteria, batch, generator):
@@ -63,18 +63,20 @@ def train_base(args, data, device):
     """The base model from nothing, on plain captions -> OUT/base.pt."""
     torch.manual_seed(args.seed)
     model = Model(data.criteria, sorted(set(data.captions))).to(device)
-    return run_stage(args, model, sft_step(args, data.split("train"), caption_prompts), "base", args.base_steps, args.base_lr)
+    return run_stage(args, model, sft_step(args, data.split("train"), caption_prompts), "base", args.base_steps, args.base_lr,
+                     made_of={"data": identity(args, data)})
 
 
 def train_auxiliary(args, data, base):
     """A copy of the base model, tuned on captions with attributes -> OUT/auxiliary.pt."""
     model = base.frozen_copy().requires_grad_(True)
     return run_stage(args, model, sft_step(args, data.split("train"), attribute_prompts), "auxiliary", args.sft_steps, args.sft_lr,
-                     kinds=("plain", "positive", "negative"))
+                     kinds=("plain", "positive", "negative"), made_of={"data": identity(args, data), "base": fingerprint(base)})
 
 
-def run_stage(args, model, loss_step, name, steps, lr, kinds=("plain",), watch=None):
+def run_stage(args, model, loss_step, name, steps, lr, kinds=("plain",), made_of=None, watch=None):
     """fit() with the script's flags, and a grid every so often: a row for each kind of prompt, always the same noise.
+    made_of: digests of the data and models that went into it, and the stage's own flags (fit's `run`).
     watch(averaged model, step) is called instead of the grid, if given."""
     captions = [model.captions[i % len(model.captions)] for i in range(8)]
     prompts = dict(zip(("plain", "positive", "negative"), all_prompts(model.criteria, captions)))
@@ -86,26 +88,43 @@ def run_stage(args, model, loss_step, name, steps, lr, kinds=("plain",), watch=N
 
     return fit(model, loss_step, Recipe(steps, lr), Path(args.out) / f"{name}.pt", name=name,
                seed=args.seed, bf16=args.bf16, resume=args.resume, save_every=args.save_every, pictures=watch or pictures,
-               sample_every=args.sample_every)
+               sample_every=args.sample_every, run={"batch": args.batch, "count": args.count} | made_of)
+
+
+def identity(args, data):
+    """What says that data are the same: painted ones are, of any seed and number, if they are flawed or mixed alike."""
+    return args.data if args.data in PAINTED else data.digest()
 
 
 def ensure_models(args, data):
-    """(base, auxiliary): loaded where a finished checkpoint exists in OUT, trained where none does."""
+    """(base, auxiliary): loaded where a finished checkpoint exists in OUT, trained where none does. Raises ValueError if one that
+    exists was made of other data or of another base; says so if its other flags differ."""
     device, out = pick_device(args.device), Path(args.out)
 
-    def fitting(path):
-        """The model in this file; an error if it was not made for this data."""
-        model = load_model(path, device)
+    def fitting(path, made_of, **flags):
+        """The model in this file, checked against what it should be made of."""
+        model, run = load_model(path, device), load_checkpoint(path).get("run", {})
         if model.criteria.to_dict() != data.criteria.to_dict() or set(data.captions) - set(model.captions):
             raise ValueError(f"{path} was trained with another tree or other captions than those of {args.data}; choose another --out, "
                              "or delete the file")
+        wrong = [key for key, value in made_of.items() if run.get(key, value) != value]
+        if wrong:
+            raise ValueError(f"{path} was made with another {' and another '.join(wrong)} than this run's; choose another --out, or delete the file")
+        other = ", ".join(f"{key} {run.get(key)}, not {value}" for key, value in flags.items() if run.get(key, value) != value)
+        if other:
+            print(f"{path} is used as it is ({other}); delete it to train another")
         return model
-    if not args.base and not finished(out / "base.pt"):
-        train_base(args, data, device)
-    base = fitting(args.base or out / "base.pt")
+    same = dict(batch=args.batch, seed=args.seed)
+    if args.base:
+        base = fitting(args.base, {})                                     # of whatever data it is
+    else:
+        if not finished(out / "base.pt"):
+            train_base(args, data, device)
+        base = fitting(out / "base.pt", {"data": identity(args, data)}, steps=args.base_steps, lr=args.base_lr, **same)
     if not finished(out / "auxiliary.pt"):
         train_auxiliary(args, data, base)
-    return base, fitting(out / "auxiliary.pt")
+    made_of = {"data": identity(args, data), "base": fingerprint(base)}
+    return base, fitting(out / "auxiliary.pt", made_of, steps=args.sft_steps, lr=args.sft_lr, **same)
 
 
 def main(argv=None):

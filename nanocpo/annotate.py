@@ -30,7 +30,10 @@ def collect(folder, criteria):
             try:
                 row = json.loads(line)
                 states = criteria.annotation(row.pop("positive", []), row.pop("negative", []))
-                known[row.pop("file_name")] = str(row.pop("caption", "")), states, row
+                file = row.pop("file_name")
+                if file in known:
+                    raise ValueError(f"{file} has a line already")
+                known[file] = str(row.pop("caption", "")), states, row
             except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise DataError(f"{listing}, line {number}: {error}; mend the line, or the page would lose it") from error
     lost = sorted(set(known) - set(files))

@@ -76,7 +76,7 @@ class Criteria:
     def load(cls, path=DEFAULT_TREE):
         """Read a tree from a JSON file. Raises CriteriaError that names the file."""
         try:
-            return cls(json.loads(Path(path).read_text(encoding="utf-8")))
+            return cls(json.loads(Path(path).read_text(encoding="utf-8-sig")))
         except (OSError, ValueError, RecursionError) as error:    # a bad tree, not UTF-8, not JSON, thousands of brackets
             raise CriteriaError(f"{path}: cannot read a criteria tree: {error}") from error
 

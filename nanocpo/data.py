@@ -6,9 +6,11 @@ and, if the tree is not the embedded one, criteria.json. Export painter data to 
     python -m nanocpo.data --out paintings --count 1000
 """
 import argparse
+import hashlib
 import json
 import math
 from dataclasses import dataclass, replace
+from difflib import get_close_matches
 from pathlib import Path
 
 import numpy as np
@@ -57,14 +59,23 @@ class Paintings:
         """The train, validation or test part: by position modulo ten, so it does not move when the data grows."""
         return self.take([i for i in range(len(self)) if i % 10 in SPLITS[name]])
 
+    def digest(self):
+        """A digest of all of it: when it is the same, so is what a model is shown."""
+        digest = hashlib.sha256(repr((self.criteria.to_dict(), self.captions)).encode())
+        for array in (self.images, self.annotations):
+            digest.update(np.ascontiguousarray(array))
+        return digest.hexdigest()
+
     def batch(self, indices):
         """Indices (B,) -> Batch."""
         part = self.take(indices)
         return Batch(to_tensor(part.images), part.captions, part.annotations)
 
     def export(self, folder):
-        """Write the folder form: PNG files, metadata.jsonl and criteria.json."""
+        """Write the folder form: PNG files, metadata.jsonl and criteria.json. Raises DataError where there is one already."""
         folder = Path(folder)
+        if (folder / "metadata.jsonl").exists():
+            raise DataError(f"{folder / 'metadata.jsonl'} exists and may be work of yours; choose another folder")
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "criteria.json").write_text(json.dumps(self.criteria.to_dict(), indent=1), encoding="utf-8")
         with open(folder / "metadata.jsonl", "w", encoding="utf-8") as file:
@@ -154,11 +165,13 @@ def open_picture(path, shape):
         with Image.open(path) as image:
             if image.mode[0] in "IF":                             # Pillow would clip 16 and 32 bits to white, not scale them
                 raise ValueError(f"mode {image.mode} has more than 8 bits a channel")
-            image = ImageOps.exif_transpose(image).convert("RGB")
-            return ImageOps.fit(image, shape(image.size), Image.Resampling.LANCZOS)
+            image = ImageOps.exif_transpose(image)
+            if image.has_transparency_data:                       # white behind it, not whatever colour is hidden there
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+            return ImageOps.fit(image.convert("RGB"), shape(image.size), Image.Resampling.LANCZOS)
     except FileNotFoundError as error:
         raise DataError(f"{path} does not exist; correct file_name or add the picture") from error
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except Exception as error:                                    # a damaged file can raise nearly anything in Pillow
         raise DataError(f"{path} cannot be read as a picture ({error}); save it again as PNG or JPEG") from error
 
 
@@ -173,6 +186,9 @@ def _read_line(folder, line, criteria, picture):
     for key in ("file_name", "caption"):
         if not isinstance(row.get(key), str) or not row[key].strip():
             raise DataError(f"'{key}' is missing or empty; give it as a string")
+    for key in {"positive", "negative"} - set(row):                       # either may be left out, but not misspelled
+        for other in get_close_matches(key, row, cutoff=0.8):
+            raise DataError(f"'{other}' looks like '{key}' misspelled; mend it, or add \"{key}\": [] if it is not")
     annotation = criteria.annotation(row.get("positive", []), row.get("negative", []))
     path = folder / row["file_name"]
     try:

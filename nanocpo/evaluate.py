@@ -13,9 +13,10 @@ from pathlib import Path
 import numpy as np
 
 from .criteria import Criteria
-from .critic import judge
+from .critic import judge, unmeasured
 from .data import from_painter, to_images
 from .model import fingerprint, load_model
+from .train import above, pick_device
 
 
 def all_prompts(criteria, captions):
@@ -44,7 +45,7 @@ def diversity(images, captions):
 
 def frechet(a, b):
     """Fréchet distance between Gaussians fitted to two sets of vectors (N, D), (M, D) (1706.08500, equation 6)."""
-    mean, cov = zip(*((x.mean(0), np.cov(x, rowvar=False)) for x in (a, b)))
+    mean, cov = zip(*((x.mean(0), np.atleast_2d(np.cov(x, rowvar=False))) for x in (a, b)))
     values, vectors = np.linalg.eigh(cov[0])
     root = (vectors * np.sqrt(np.maximum(values, 0))) @ vectors.T                    # sqrt(S_a); tr sqrt(S_a S_b) is that of
     cross = np.sqrt(np.maximum(np.linalg.eigvalsh(root @ cov[1] @ root), 0)).sum()   # the symmetric root S_b root
@@ -74,6 +75,18 @@ def real_positive(criteria, count, seed=0):
     return measure_row(data.images, data.captions, criteria, verdicts), verdicts
 
 
+def unfit(data):
+    """Why the critic cannot judge what a model of these data paints, or ""; it looks at names, then at some of the pictures."""
+    missing = unmeasured(data.criteria, data.captions)
+    if missing:
+        return f"the critic has no measure for {', '.join(missing)}"
+    some = data.take(range(min(len(data), 64)))
+    agrees = (judge(some.images, data.criteria).signs == some.annotations)[some.annotations != 0]
+    if agrees.size and agrees.mean() < 0.8:
+        return f"the critic agrees with {agrees.mean():.0%} of the annotations only, so these pictures are not of its painter's kind"
+    return ""
+
+
 def evaluate(models, samples=512, seed=0, steps=12, guidance=2.0):
     """{row name: (model, kind)} of one tree and its captions -> the report: {"rows": {name: row}, "real_positive": row, ...}, and
     {name: images}.
@@ -81,6 +94,9 @@ def evaluate(models, samples=512, seed=0, steps=12, guidance=2.0):
     kind: "plain" (the caption only), "prompted" (every positive attribute in the prompt), "guided" (the same, guided away from
     every negative one). All rows start from the same noise. Raises ValueError if the critic has no measure for the tree."""
     first, _ = next(iter(models.values()))
+    missing = unmeasured(first.criteria, first.captions)
+    if missing:
+        raise ValueError(f"the critic has no measure for {', '.join(missing)}")
     asked = [first.captions[i % len(first.captions)] for i in range(samples)]
     plain, positive, negative = all_prompts(first.criteria, asked)
     reference, real = real_positive(first.criteria, samples, seed)
@@ -123,13 +139,13 @@ def main(argv=None):
     parser.add_argument("checkpoints", nargs="+")
     parser.add_argument("--kind", choices=["plain", "prompted", "guided"], default="plain")
     parser.add_argument("--guidance", type=float, default=2.0)
-    parser.add_argument("--samples", type=int, default=512)
+    parser.add_argument("--samples", type=above(1), default=512)
     parser.add_argument("--steps", type=int, default=12, help="sampling steps")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, mps")
     parser.add_argument("--json", help="also write the report to this file")
     args = parser.parse_args(argv)
-    models = {path: (load_model(path, args.device), args.kind) for path in args.checkpoints}
+    models = {path: (load_model(path, pick_device(args.device)), args.kind) for path in args.checkpoints}
     report, _ = evaluate(models, args.samples, args.seed, args.steps, args.guidance)
     print(table(report))
     if args.json:

@@ -128,12 +128,14 @@ def fingerprint(*modules):
     return digest.hexdigest()
 
 
-def load_checkpoint(path, device="cpu"):
-    """Read a checkpoint's dict. Raises ValueError that names the file and what to do."""
+def load_checkpoint(path):
+    """Read a checkpoint's dict to the CPU. Raises ValueError or OSError that names the file and what to do."""
     try:
-        content = torch.load(path, map_location=device, weights_only=True)
+        content = torch.load(path, map_location="cpu", weights_only=True)
         content["config"], content["criteria"], content["ema"]
-    except FileNotFoundError:
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{path}: no such checkpoint; train_cpo.py makes one") from error
+    except OSError:                                                       # not the file's fault
         raise
     except Exception as error:
         raise ValueError(f"{path}: not a checkpoint of nanocpo, or damaged ({type(error).__name__}); "
@@ -143,7 +145,7 @@ def load_checkpoint(path, device="cpu"):
 
 def load_model(path, device="cpu"):
     """The model (averaged weights) in a checkpoint file, frozen."""
-    content = load_checkpoint(path, device)
+    content = load_checkpoint(path)
     config = content["config"]
     if config.get("kind") == "lora":
         raise ValueError(f"{path}: an adapter of Stable Diffusion that can be trained on, no model of its own. To paint: sample.py --weights "

@@ -13,6 +13,7 @@ from .data import from_folder, from_painter
 from .model import load_checkpoint, save_atomic
 from .muon import Muon
 
+PAINTED = "flawed", "mixed"               # what --data can be beside a folder
 BINS = 10                                   # timestep bins of the log: a loss averaged over t hides everything
 
 
@@ -29,6 +30,16 @@ class Recipe:
     def lr_at(self, step):
         """Learning rate of step 0 .. steps-1."""
         return self.lr * min(1, (step + 1) / self.warmup) * min(1, (1 - step / self.steps) / (1 - self.constant))
+
+
+def above(low, kind=int):
+    """An argparse type: a number that must be larger than `low`."""
+    def number(text):
+        if not kind(text) > low:
+            raise argparse.ArgumentTypeError(f"must be above {low}, not {text}")
+        return kind(text)
+    number.__name__ = kind.__name__                                       # argparse's word for what is no number at all
+    return number
 
 
 def changed(args, **overrides):
@@ -50,48 +61,54 @@ def add_common_arguments(parser):
     parser.add_argument("--data", default="flawed", help="flawed or mixed (painted on the fly, see nanocpo/data.py), or a "
                         "folder with metadata.jsonl")
     parser.add_argument("--tree", help="criteria as JSON; default: criteria.json in the folder, else the embedded tree")
-    parser.add_argument("--count", type=int, default=10000, help="number of pictures to paint; 80 %% of them train")
+    parser.add_argument("--count", type=above(0), default=10000, help="number of pictures to paint; 80 %% of them train")
     parser.add_argument("--skip-bad", action="store_true", help="leave bad lines of a folder out instead of stopping")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=above(-1), default=0)
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, mps")
     parser.add_argument("--bf16", action="store_true", help="run the models in bfloat16; losses and weights stay float32")
-    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--batch", type=above(0), default=32)
     parser.add_argument("--resume", action="store_true", help="continue a run that stopped, from its last checkpoint")
-    parser.add_argument("--save-every", type=int, default=200, help="steps between checkpoints")
-    parser.add_argument("--sample-every", type=int, default=500, help="steps between sample grids (0: none)")
+    parser.add_argument("--save-every", type=above(0), default=200, help="steps between checkpoints")
+    parser.add_argument("--sample-every", type=above(-1), default=500, help="steps between sample grids (0: none)")
 
 
 def load_data(args):
     """The data that the flags ask for, as Paintings. Raises ValueError (or its DataError, CriteriaError) with the cure."""
     criteria = Criteria.load(args.tree) if args.tree else None
-    if args.data in ("flawed", "mixed"):
+    if args.data in PAINTED:
         return from_painter(criteria, args.count, args.data, seed=args.seed)
     return from_folder(args.data, criteria, skip_bad=args.skip_bad)
 
 
 def fit(model, loss_step, recipe, path, *, name, seed=0, bf16=False, resume=False, save_every=200, pictures=None,
-        sample_every=0):
+        sample_every=0, run=None):
     """Train `model` and write `path`; returns (the averaged model, frozen; the last log line).
 
     loss_step(model, generator) -> (loss, logs, t): draws its own batch with the generator; logs hold (B,) tensors, t is (B,).
     pictures(averaged model, step): called every sample_every steps. The log goes to a .jsonl beside `path`.
+    run: what else decides the result, {name: value}; it is kept in the file, and only the same run is resumed (else ValueError).
     All randomness comes from one CPU generator whose state is in the checkpoint, so a resumed run ends in the same weights."""
     path, device = Path(path), model.device
     generator = torch.Generator().manual_seed(seed)
     average = model.frozen_copy()
+    run = {"steps": recipe.steps, "lr": recipe.lr, "seed": seed, "bf16": bf16} | (run or {})
     optimizer = Muon(model, recipe.lr)
     first, lines, log_file = 0, [], path.with_suffix(".jsonl")
     if resume and path.exists():
-        state = load_checkpoint(path, device)
-        if state["steps"] != recipe.steps:
-            raise ValueError(f"{path} belongs to a run of {state['steps']} steps, not {recipe.steps}; resume with the same flags")
+        state = load_checkpoint(path)
+        was = state.get("run", {}) | {"model": state["config"], "tree": state["criteria"]}
+        now = run | {"model": model.config, "tree": model.criteria.to_dict()}
+        if was != now:
+            raise ValueError(f"{path} belongs to another run ({', '.join(k for k in now if was.get(k) != now[k])}); resume with the same "
+                             "flags and data, or choose another --out or --name")
         model.load_state_dict(state["model"])
         average.load_state_dict(state["ema"])
         optimizer.load_state_dict(state["optimizer"])
-        generator.set_state(state["rng"].cpu())
+        generator.set_state(state["rng"])
         first = state["step"]
         if log_file.exists():
-            lines = [line for line in log_file.read_text().splitlines() if json.loads(line)["step"] <= first]
+            whole = [line for line in log_file.read_text().splitlines() if line.endswith("}}")]           # the last may be torn
+            lines = [line for line in whole if json.loads(line)["step"] <= first]
     path.parent.mkdir(parents=True, exist_ok=True)
     log_file.write_text("".join(line + "\n" for line in lines))
 
@@ -120,14 +137,14 @@ def fit(model, loss_step, recipe, path, *, name, seed=0, bf16=False, resume=Fals
                     "seconds": round(time.time() - start, 2)} | summarize(window, model.diffusion.steps)
             with open(log_file, "a") as file:
                 file.write(json.dumps(line) + "\n")
-            bar.set_postfix({key: f"{line[key]:.3f}" for key in ("loss", "margin", "accuracy", "winner", "loser") if key in line})
+            bar.set_postfix({key: f"{line[key]:.3f}" for key in ("loss", "margin", "accuracy", "winner", "loser") if line.get(key) is not None})
             window = []
         if pictures and sample_every and (step + 1) % sample_every == 0:
             pictures(average, step + 1)
         if (step + 1) % save_every == 0 or step + 1 == recipe.steps:
             save_atomic(path, {"config": model.config, "criteria": model.criteria.to_dict(), "model": model.state_dict(),
                                "ema": average.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1,
-                               "steps": recipe.steps, "rng": generator.get_state(), "name": name})
+                               "steps": recipe.steps, "rng": generator.get_state(), "run": run, "name": name})
     return average, line
 
 

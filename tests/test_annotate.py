@@ -74,7 +74,7 @@ def test_a_changed_line_is_told_from_an_old_one(folder):
 
 
 @pytest.mark.parametrize("line, words", [("{", "line 2"), ('{"file_name": "a.png", "positive": ["nonsense"]}', "line 2: .*nonsense"),
-                                         ('{"caption": "x"}', "line 2"), ("[]", "line 2"), ('{"file_name": "gone.png"}', "gone.png is no picture")])
+                                         ('{"caption": "x"}', "line 2"), ("[]", "line 2"), ('{"file_name": "a.png"}\n{"file_name": "a.png"}', "line 3: a.png has a line already"), ('{"file_name": "gone.png"}', "gone.png is no picture")])
 def test_lines_that_the_page_would_lose_stop_it(folder, line, words):
     with open(folder / "metadata.jsonl", "w") as file:
         file.write("\n" + line + "\n")

@@ -35,8 +35,9 @@ def test_leaf_order_is_the_order_of_the_file():
     assert again.leaves == CRITERIA.leaves and again.to_dict() == CRITERIA.to_dict()
 
 
-def test_load_of_another_file(tmp_path):
-    (tmp_path / "own.json").write_text(json.dumps(branch("T", leaf("Né"))), encoding="utf-8")
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])          # some editors put a mark at the start
+def test_load_of_another_file(tmp_path, encoding):
+    (tmp_path / "own.json").write_text(json.dumps(branch("T", leaf("Né")), ensure_ascii=False), encoding=encoding)
     assert [node.name for node in Criteria.load(tmp_path / "own.json").leaves] == ["Né"]
 
 

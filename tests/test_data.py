@@ -4,7 +4,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from nanocpo.criteria import Criteria, CriteriaError
 from nanocpo.data import DataError, Paintings, from_folder, from_painter, main, to_images, to_tensor
@@ -241,6 +241,7 @@ DEFECTS = {
     "positive holds a number": (GOOD | {"positive": ["Level", 1]}, "a list of strings, not .*1"),
     "positive is an object": (GOOD | {"positive": {"Level": 1}}, "a list of strings, not {"),
     "negative is NaN": (GOOD | {"negative": float("nan")}, "a list of strings, not nan"),
+    "misspelled": ({"file_name": "good.png", "caption": "a boat", "postive": []}, "'postive' looks like 'positive' misspelled"),
     "no JSON": (b"good.png, a boat", "not JSON"),
     "half a line": (json.dumps(GOOD).encode()[:-5], "not JSON"),
     "a list": (b'["good.png", "a boat"]', "not a JSON object"),
@@ -267,6 +268,31 @@ def test_skip_bad_leaves_out_every_defect_and_counts(tmp_path, capsys):
     assert data.captions == ["a boat", "the last"] and data.skipped == len(DEFECTS)
     assert len(data.images) == len(data.annotations) == 2 and (data.images == [10, 20, 30]).all()
     assert f"skipped {len(DEFECTS)} bad lines, kept 2" in capsys.readouterr().out
+
+
+def test_transparent_parts_are_white(tmp_path):
+    folder = write(tmp_path, GOOD | {"file_name": "x.png"})
+    sheet = np.zeros((32, 32, 4), np.uint8)                           # black, all of it hidden
+    sheet[:, 16:] = 200, 0, 0, 255
+    Image.fromarray(sheet).save(folder / "x.png")
+    image = from_folder(folder).images[0]
+    assert (image[:, :14] == 255).all() and (image[:, 18:] == (200, 0, 0)).all()
+
+
+def test_damage_that_surprises_pillow_is_a_bad_line_too(tmp_path, monkeypatch):
+    def struct_error(image):
+        raise TypeError("bad operand type for abs()")                 # seen of a JPEG with one wrong byte in its EXIF part
+    monkeypatch.setattr(ImageOps, "exif_transpose", struct_error)
+    with pytest.raises(DataError, match="line 1: .*good.png cannot be read as a picture"):
+        from_folder(write(tmp_path, GOOD))
+
+
+def test_an_export_never_overwrites_a_folder_of_annotations(tmp_path):
+    folder = write(tmp_path, GOOD)
+    before = (folder / "metadata.jsonl").read_bytes()
+    with pytest.raises(DataError, match="metadata.jsonl exists and may be work of yours"):
+        main(["--out", str(folder), "--count", "1"])
+    assert (folder / "metadata.jsonl").read_bytes() == before and not (folder / "000000.png").exists()
 
 
 def test_huge_picture_is_refused(tmp_path, monkeypatch):

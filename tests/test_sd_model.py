@@ -396,7 +396,7 @@ def test_flags_that_do_not_go_together(world, tmp_path):
     import train_cpo
     import train_sft
     common = flags(world, tmp_path)
-    for more, words in ((["--samples", "1"], "needs two pictures"), (["--dtype", "float16"], "is for sampling"),
+    for more, words in ((["--dtype", "float16"], "is for sampling"),
                         (["--method", "dpo"], "pairs of pictures"), (["--paint", "8"], "folder's own pictures"),
                         (["--data", "flawed"], "folder with pictures"),
                         (["--lora", "nowhere.safetensors"], "nowhere.safetensors: not found")):

@@ -2,6 +2,8 @@
 import argparse
 import json
 import math
+import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,8 +12,9 @@ import torch
 import sample
 import train_cpo
 import train_sft
-from nanocpo.criteria import Criteria
+from nanocpo.criteria import Criteria, CriteriaError
 from nanocpo.data import Batch, from_painter
+from nanocpo.evaluate import evaluate, unfit
 from nanocpo.losses import sft_loss
 from nanocpo.model import Model, load_model
 from nanocpo.train import Recipe, draw_t, drop_caption, finished, fit, noised, pick_device, summarize
@@ -75,8 +78,44 @@ def test_resumed_run_equals_uninterrupted_run(tmp_path):
     logs = [[json.loads(line) for line in (tmp_path / f"{name}.jsonl").read_text().splitlines()] for name in ("whole", "cut")]
     assert [line["step"] for line in logs[0]] == [line["step"] for line in logs[1]] == list(range(1, 13))
     assert logs[0][-1]["loss"] == logs[1][-1]["loss"]
-    with pytest.raises(ValueError, match="cut.pt.*12 steps"):
+    with pytest.raises(ValueError, match="cut.pt belongs to another run .steps.; resume"):
         fit(tiny_model(), sft_step, Recipe(13, 1e-3), tmp_path / "cut.pt", name="x", resume=True)
+
+
+@pytest.mark.parametrize("name, other", [("lr", dict(recipe=Recipe(3, 2e-3))), ("seed", dict(seed=1)), ("data", dict(run={"data": "b"}))])
+def test_only_the_same_run_is_resumed(tmp_path, name, other):
+    common = dict(recipe=Recipe(3, 1e-3), name="x", seed=0, run={"data": "a"})
+    start = lambda **flags: fit(tiny_model(), sft_step, path=tmp_path / "x.pt", **common | flags)
+    start()
+    start(resume=True)
+    with pytest.raises(ValueError, match=f"x.pt belongs to another run .{name}.; resume"):
+        start(resume=True, **other)
+
+
+def test_a_run_of_another_tree_is_not_resumed(tmp_path):
+    fit(tiny_model(), sft_step, Recipe(1, 1e-3), tmp_path / "x.pt", name="x")
+    model = tiny_model()
+    tree = CRITERIA.to_dict()
+    tree["children"].reverse()                                    # the same shapes, other meanings
+    model.criteria = Criteria(tree)
+    with pytest.raises(ValueError, match="another run .tree."):
+        fit(model, sft_step, Recipe(1, 1e-3), tmp_path / "x.pt", name="x", resume=True)
+
+
+def test_a_torn_line_of_the_log_is_left_out_on_resuming(tmp_path):
+    fit(tiny_model(), sft_step, Recipe(3, 1e-3), tmp_path / "x.pt", name="x")
+    log = tmp_path / "x.jsonl"
+    log.write_text(log.read_text()[:-40])
+    fit(tiny_model(), sft_step, Recipe(3, 1e-3), tmp_path / "x.pt", name="x", resume=True)
+    assert [json.loads(line)["step"] for line in log.read_text().splitlines()] == [1, 2]
+
+
+def test_a_window_without_a_sample_that_counts_is_logged_as_null(tmp_path):
+    def nothing_counts(model, generator):
+        loss, logs, t = sft_step(model, generator)
+        return loss, logs | {"valid": torch.zeros(8)}, t
+    _, line = fit(tiny_model(), nothing_counts, Recipe(2, 1e-3), tmp_path / "x.pt", name="x")
+    assert line["loss"] is None and line["valid"] == 0
 
 
 def test_without_resume_a_run_starts_anew(tmp_path):
@@ -237,8 +276,8 @@ def test_first_cpo_step_has_loss_log_2_and_a_gradient():
 def test_a_branch_is_pulled_more_gently_unless_told_otherwise():
     parser = argparse.ArgumentParser()
     train_cpo.add_cpo_arguments(parser)
-    flags = ("", "--criteria Tone", "--strength 0 --beta 9", "--criteria Tone --strength 0.9 --beta 0")
-    assert [train_cpo.branch_defaults(parser.parse_args(f.split())) for f in flags] == [(0.55, None), (0, 1), (0, 9), (0.9, 0)]
+    flags = ("", "--criteria Tone", "--strength 0 --beta 9", "--criteria Tone --strength 0.9 --beta 2")
+    assert [train_cpo.branch_defaults(parser.parse_args(f.split())) for f in flags] == [(0.55, None), (0, 1), (0, 9), (0.9, 2)]
 
 
 def test_a_branch_is_learned_at_pictures_that_are_right_in_it(monkeypatch):
@@ -353,9 +392,6 @@ def test_scripts_from_nothing_to_a_report(tmp_path, capsys):
     for seed, neg in (("0", 99), ("1", report["rows"]["base"]["neg"])):   # with another seed everything is measured anew
         again = train_cpo.main([*common, "--name", "again", "--steps", "2", "--samples", "16", "--sampling-steps", "3", "--seed", seed])
         assert again["rows"]["base"]["neg"] == pytest.approx(neg, abs=4) and list(again["rows"])[-1] == "again"
-    with pytest.raises(SystemExit):
-        train_cpo.main([*common, "--name", "base"])
-
     images = sample.main(["--checkpoint", str(tmp_path / "target.pt"), "--caption", "a boat", "--count", "2", "--steps", "2", "--judge",
                           "--device", "cpu", "--out", str(tmp_path / "grid.png")])
     assert images.shape == (2, 32, 32, 3) and (tmp_path / "grid.png").stat().st_size > 0
@@ -376,6 +412,11 @@ def test_own_tree_and_captions_train_without_a_report(tmp_path, capsys):
                            "2", "--batch", "4", "--sample-every", "0", "--device", "cpu"])
     assert line["step"] == 2 and (tmp_path / "out" / "target.pt").exists() and not (tmp_path / "out" / "report.json").exists()
     assert "no report" in capsys.readouterr().out
+    model = load_model(tmp_path / "out" / "target.pt")
+    with pytest.raises(ValueError, match="no measure for Mood, a view"):
+        evaluate({"x": (model, "plain")}, 4)
+    with pytest.raises(ValueError, match="--judge: the critic has no measure for Mood, a view"):
+        sample.main(["--checkpoint", str(tmp_path / "out" / "target.pt"), "--judge"])
 
 
 def test_exported_folder_trains_to_the_same_bytes_as_the_painter(tmp_path):
@@ -384,3 +425,46 @@ def test_exported_folder_trains_to_the_same_bytes_as_the_painter(tmp_path):
     a = train_sft.main(["--out", str(tmp_path / "a"), "--count", "40", *flags])
     b = train_sft.main(["--out", str(tmp_path / "b"), "--data", str(tmp_path / "paintings"), *flags])
     assert same(a[0], b[0]) and same(a[1], b[1])
+
+
+def test_base_and_auxiliary_are_used_again_only_for_the_same_data(tmp_path, capsys):
+    from_painter(count=12).export(tmp_path / "data")
+    flags = ["--data", str(tmp_path / "data"), "--out", str(tmp_path / "out"), "--base-steps", "1", "--sft-steps", "1", "--batch", "4",
+             "--sample-every", "0", "--device", "cpu"]
+    base, auxiliary = train_sft.main(flags)
+    again = train_sft.main([*flags, "--sft-steps", "2"])
+    assert same(base, again[0]) and same(auxiliary, again[1])
+    assert "auxiliary.pt is used as it is (steps 1, not 2); delete it" in (out := capsys.readouterr().out) and "base.pt is" not in out
+    train_sft.main([*flags[:2], "--out", str(tmp_path / "other"), *flags[4:], "--seed", "1"])
+    with pytest.raises(ValueError, match="auxiliary.pt was made with another base than"):
+        train_sft.main([*flags, "--base", str(tmp_path / "other" / "base.pt")])
+    listing = tmp_path / "data" / "metadata.jsonl"
+    listing.write_text("\n".join(listing.read_text().splitlines()[::-1]))
+    with pytest.raises(ValueError, match="base.pt was made with another data than"):
+        train_sft.main(flags)
+
+
+def test_a_report_is_only_written_of_the_painters_kind_of_picture(tmp_path):
+    data = from_painter(count=64, seed=3)
+    assert unfit(data) == ""
+    noise = np.random.default_rng(0).integers(0, 256, data.images.shape, np.uint8)
+    assert re.match("the critic agrees with [3-7].% of the annotations only", unfit(replace(data, images=noise)))
+    assert unfit(replace(data, captions=["a cat"] * 64)) == "the critic has no measure for a cat"
+
+
+@pytest.mark.parametrize("flags, words", [
+    ("--name base", "name 'base'"), ("--name ./base", "no name for files"), ("--name Auxiliary_guided", "is taken by"),
+    ("--strength 1", "'constant' needs less than 1"), ("--method esd --strength 2", "'constant' needs less than 1"),
+    ("--samples 1", "two pictures"), ("--steps 0", "--steps: must be above 0, not 0"), ("--beta -1", "--beta: must be above 0"),
+    ("--lr x", "--lr: invalid float value"), ("--batch 0", "--batch: must be above 0"), ("--seed -1", "--seed: must be above -1"),
+    ("--lora x.safetensors", "--lora needs --weights")])
+def test_flags_that_make_no_sense_are_refused_before_anything_is_trained(tmp_path, capsys, flags, words):
+    with pytest.raises(SystemExit):
+        train_cpo.main([*flags.split(), "--out", str(tmp_path / "out")])
+    assert words in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_an_unknown_branch_is_refused_before_anything_is_trained(tmp_path):
+    with pytest.raises(CriteriaError, match="no dimension 'Colour'"):
+        train_cpo.main(["--criteria", "Colour", "--count", "8", "--out", str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()

@@ -54,6 +54,8 @@ def parse(parser, argv, values):
     if parser.parse_known_args(argv)[0].weights:
         parser.set_defaults(**values)
     args = parser.parse_args(argv)
+    if args.lora and not args.weights:
+        parser.error("--lora needs --weights: an adapter is nothing without its base")
     args.dtype = "bfloat16" if getattr(args, "bf16", False) else args.dtype
     return args
 
@@ -127,8 +129,6 @@ def start(args):
         raise ValueError("--method dpo needs pairs of pictures of one shape and caption; with --weights use cpo, esd or sft")
     if getattr(args, "paint", 0):
         raise ValueError(f"--paint {args.paint}: with --weights CPO trains on the folder's own pictures; leave it out")
-    if getattr(args, "samples", None) == 1:
-        raise ValueError("--samples 1: an interval needs two pictures at least; 0 leaves the report out")
     if args.dtype == "float16":
         raise ValueError("--dtype float16 is for sampling: small gradients vanish in it; train in bfloat16 or float32")
     base = open_base(args, None if args.no_cache else Path(args.out) / "cache")
