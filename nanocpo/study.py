@@ -89,6 +89,7 @@ def publish(args, summary, *parts):
     stem = args.study if args.data == "flawed" else f"{args.study}_{Path(args.data).name}"
     (folder / f"{stem}.json").write_text(json.dumps(summary, indent=1, ensure_ascii=False), encoding="utf-8")
     some = " --only " + " ".join(f'"{name}"' for name in args.only) if args.only else ""
+    some += f" --seeds {' '.join(map(str, args.seeds))}" if args.seeds != [1, 2, 3] else ""
     how = (f"`python -m nanocpo.study {args.study} --data {args.data}{some}`; {args.steps} steps of {args.batch} pictures, {args.samples} "
            f"pictures a row, {args.sampling_steps} sampling steps, seeds {', '.join(map(str, args.seeds))} (95 % intervals over seeds, "
            f"Student's t), base and auxiliary of seed {args.seed}.")

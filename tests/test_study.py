@@ -47,7 +47,7 @@ def test_methods_searches_then_measures_and_is_never_repeated(out, monkeypatch, 
     assert dpo["images"] == cpo["images"] == 8 and dpo["settings"]["batch"] == 2 and dpo["settings"]["seed"] == 1
     chosen = summary["chosen"]["CPO constant"]
     assert chosen in study.METHODS["CPO constant"][1] and cpo["settings"]["lr"] == chosen["lr"]
-    assert "| CPO constant |" in text and " ± " in text and "setting 4" in text and '--only "CPO constant" "Diffusion-DPO"`' in text
+    assert "| CPO constant |" in text and " ± " in text and "setting 4" in text and '--only "CPO constant" "Diffusion-DPO" --seeds 1 2`;' in text
     assert not list((out / "study" / "methods").glob("*.pt")) and list((out / "study" / "methods").glob("CPO_constant_1.png"))
     monkeypatch.setitem(lab.KINDS, "align", lambda lab, args: pytest.fail("a finished run was repeated"))
     monkeypatch.setitem(lab.KINDS, "sample", lambda lab, args: pytest.fail("a finished run was repeated"))
@@ -82,7 +82,7 @@ def test_speed_decoupling_and_guidance(out, monkeypatch):
     assert [p["step"] for p in summary["curves"]["none"][0]] == [0, 1, 2] and "| constant |" in text
     summary, text = run(out, "decoupling", "--seeds", "1", "--only", "k 0", "--paint", "4")
     assert list(summary["relative"]) == summary["roots"] and all(len(row) == 6 for row in summary["relative"].values())
-    assert set(summary["chosen"].values()) == {"k 0"} and "| Color Relations (k 0) |" in text and "Largest own share" in text
+    assert set(summary["chosen"].values()) == {"k 0"} and "| Color Relations (k 0) |" in text and "--only \"k 0\" --seeds 1`;" in text and "Largest own share" in text
     monkeypatch.setattr(study, "GUIDANCE", (1.0, 2.0))
     summary, text = run(out, "guidance", "--seeds", "1")
     assert [row[0]["neg"] for scales in summary["rows"].values() for row in scales.values()] and "1 call" in text
