@@ -10,12 +10,12 @@ import argparse
 
 import numpy as np
 
+from nanocpo.cli import above, command, pick_device
 from nanocpo.critic import judge, unmeasured
 from nanocpo.data import to_images
 from nanocpo.grid import save_grid
 from nanocpo.model import load_model
 from nanocpo.sd import finetune
-from nanocpo.train import above, pick_device
 
 
 def main(argv=None):
@@ -63,4 +63,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    command(main)

@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from nanocpo.cli import above, command
 from nanocpo.data import to_images
 from nanocpo.diffusion import guide
 from nanocpo.evaluate import evaluate, report_stem, rows_key, table, unfit
@@ -24,7 +25,7 @@ from nanocpo.grid import save_grid
 from nanocpo.losses import RULES, cpo_loss, dpo_loss, sft_loss
 from nanocpo.model import fingerprint, whole_file
 from nanocpo.sd import finetune
-from nanocpo.train import above, add_common_arguments, draw, draw_t, load_data, noised
+from nanocpo.train import add_common_arguments, draw, draw_t, load_data, noised
 from train_sft import add_sft_arguments, attribute_prompts, caption_prompts, ensure_models, identity, run_stage, sft_step
 
 
@@ -224,4 +225,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    command(main)

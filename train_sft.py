@@ -13,13 +13,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from nanocpo.cli import above, command, pick_device
 from nanocpo.data import to_images
 from nanocpo.evaluate import all_prompts
 from nanocpo.grid import save_grid
 from nanocpo.losses import sft_loss
 from nanocpo.model import Model, fingerprint, load_checkpoint, load_model
 from nanocpo.sd import finetune
-from nanocpo.train import (PAINTED, Recipe, above, add_common_arguments, draw, drop_caption, finished, fit, load_data, noised, pick_device)
+from nanocpo.train import PAINTED, Recipe, add_common_arguments, draw, drop_caption, finished, fit, load_data, noised
 
 
 def add_sft_arguments(parser):
@@ -142,4 +143,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    command(main)

@@ -11,7 +11,8 @@ import json
 from pathlib import Path
 from urllib.parse import quote
 
-from .criteria import Criteria, CriteriaError
+from .cli import command
+from .criteria import Criteria
 from .data import DataError, folder_criteria
 
 PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp"}
@@ -63,14 +64,11 @@ def main(argv=None):
     parser.add_argument("--tree", help="criteria as JSON; default: criteria.json in the folder, else the embedded tree")
     args = parser.parse_args(argv)
     folder = Path(args.folder)
-    try:
-        text = page(folder, Criteria.load(args.tree) if args.tree else folder_criteria(folder))
-    except (DataError, CriteriaError) as error:
-        parser.error(str(error))
+    text = page(folder, Criteria.load(args.tree) if args.tree else folder_criteria(folder))
     (folder / "annotate.html").write_text(text, encoding="utf-8")
     print(f"open {folder / 'annotate.html'} in a browser; put the metadata.jsonl that it saves into {folder}")
     return folder / "annotate.html"
 
 
 if __name__ == "__main__":
-    main()
+    command(main)

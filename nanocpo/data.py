@@ -19,6 +19,7 @@ from einops import rearrange
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
+from .cli import command
 from .criteria import Criteria, CriteriaError
 from .painter import CAPTIONS, SIZE, paint
 
@@ -211,4 +212,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    command(main)

@@ -12,11 +12,10 @@ from pathlib import Path
 
 import numpy as np
 
-from .criteria import Criteria
+from .cli import above, command, pick_device
 from .critic import judge, unmeasured
 from .data import from_painter, to_images
 from .model import fingerprint, load_model
-from .train import above, pick_device
 
 
 def all_prompts(criteria, captions):
@@ -154,4 +153,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    command(main)

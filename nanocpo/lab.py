@@ -18,12 +18,13 @@ from torch import nn
 from train_cpo import align, cpo_step
 from train_sft import ensure_models, train_auxiliary
 
+from .cli import pick_device
 from .evaluate import evaluate
 from .grid import save_grid
 from .losses import RULES
 from .model import load_model, whole_file
 from .muon import Muon
-from .train import changed, finished, load_data, pick_device, summarize
+from .train import changed, finished, load_data, summarize
 
 # One strength a rule, where nothing is searched.
 STRENGTH = {"none": 1.0, "winner": 0.0, "constant": 0.55, "safeguard": 0.2, "balance": 0.85, "clamped": 0.85}

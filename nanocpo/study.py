@@ -17,6 +17,7 @@ import numpy as np
 from train_cpo import add_cpo_arguments
 from train_sft import add_sft_arguments
 
+from .cli import command
 from .lab import OPTIMIZERS, STRENGTH, Lab
 from .losses import RULES
 from .plots import bar_chart, line_chart, matrix_chart
@@ -345,4 +346,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    command(main)

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from .cli import above
 from .criteria import Criteria
 from .data import from_folder, from_painter
 from .model import load_checkpoint, save_atomic
@@ -32,27 +33,9 @@ class Recipe:
         return self.lr * min(1, (step + 1) / self.warmup) * min(1, (1 - step / self.steps) / (1 - self.constant))
 
 
-def above(low, kind=int):
-    """An argparse type: a number that must be larger than `low`."""
-    def number(text):
-        if not kind(text) > low:
-            raise argparse.ArgumentTypeError(f"must be above {low}, not {text}")
-        return kind(text)
-    number.__name__ = kind.__name__                                       # argparse's word for what is no number at all
-    return number
-
-
 def changed(args, **overrides):
     """The flags with some of them replaced."""
     return argparse.Namespace(**vars(args) | overrides)
-
-
-def pick_device(name="auto"):
-    """"auto" takes cuda, then mps, then cpu; any other name is taken as it is."""
-    if name != "auto":
-        return torch.device(name)
-    mps = torch.backends.mps.is_available()
-    return torch.device("cuda" if torch.cuda.is_available() else "mps" if mps else "cpu")
 
 
 def add_common_arguments(parser):

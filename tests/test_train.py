@@ -12,12 +12,14 @@ import torch
 import sample
 import train_cpo
 import train_sft
+from nanocpo import cli
+from nanocpo.cli import command, pick_device
 from nanocpo.criteria import Criteria, CriteriaError
 from nanocpo.data import Batch, from_painter
 from nanocpo.evaluate import evaluate, unfit
 from nanocpo.losses import sft_loss
 from nanocpo.model import Model, load_model
-from nanocpo.train import Recipe, draw_t, drop_caption, finished, fit, noised, pick_device, summarize
+from nanocpo.train import Recipe, draw_t, drop_caption, finished, fit, noised, summarize
 from nanocpo.unet import UNetConfig
 
 TINY = UNetConfig(channels=(16, 32), depth=(0, 1), heads=(2, 2), groups=8, context_dim=16, vector_dim=16)
@@ -204,6 +206,23 @@ def test_captions_are_dropped_with_the_stated_probability():
 
 def test_device_is_picked_once_and_can_be_named():
     assert pick_device("cpu").type == "cpu" and pick_device("auto").type in ("cpu", "cuda", "mps")
+    with pytest.raises(ValueError, match="--device nonsense: torch cannot use it"):
+        pick_device("nonsense")
+
+
+def test_what_the_user_can_mend_is_told_in_one_line_and_a_bug_with_its_traceback(monkeypatch):
+    def fails(error):
+        def main():
+            raise error
+        return main
+    for error in (CriteriaError("no dimension"), FileNotFoundError("no file"), FloatingPointError("diverged")):
+        with pytest.raises(SystemExit, match=f"^error: {error}$"):
+            command(fails(error))
+    with pytest.raises(KeyError):
+        command(fails(KeyError("a bug")))
+    monkeypatch.setattr(cli.sys, "flags", argparse.Namespace(dev_mode=True))         # python -X dev
+    with pytest.raises(CriteriaError):
+        command(fails(CriteriaError("no dimension")))
 
 
 # ---------------------------------------------------------------- the prompts of both stages

@@ -14,11 +14,12 @@ import torch
 from tqdm import tqdm
 
 from .. import lora
+from ..cli import pick_device
 from ..criteria import Criteria, Prompt
 from ..data import Batch, Paintings, open_picture, read_folder, to_images, to_tensor
 from ..grid import save_grid
 from ..model import fingerprint
-from ..train import Recipe, changed, fit, pick_device
+from ..train import Recipe, changed, fit
 from .files import WeightsError
 from .model import Base, Cache, SDModel
 from .report import held_out, report
