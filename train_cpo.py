@@ -40,7 +40,7 @@ def add_cpo_arguments(parser):
                         "--criteria: a branch alone is soon reached, and what is pulled harder takes the rest along")
     parser.add_argument("--beta", type=above(0, float), help="preference strength; default: 4 / gap per sample for cpo, and 1 with --criteria "
                         "(E19); 200 for dpo")
-    parser.add_argument("--pairs", choices=["own", "completed", "opposite"], default="opposite",
+    parser.add_argument("--pairs", choices=["own", "completed", "opposite", "all"], default="opposite",
                         help="what the auxiliary's two prompts list (preference_prompts)")
     parser.add_argument("--criteria", nargs="+", help="align on these branches of the tree only, by name or path")
     parser.add_argument("--paint", type=above(-1), default=1024, help="with --criteria: pictures that the auxiliary paints anew, right in the "
@@ -82,11 +82,14 @@ def preference_prompts(criteria, batch, columns, pairs):
     in both alike as their context, so that the gap is about these leaves only (E2).
 
     own: the picture's own positive against its own negative attributes (the paper's A_pos and A_neg);
-    completed (ours): each negative attribute's positive twin joins the winner; opposite (ours): all positive against all negative."""
+    completed (ours): each negative attribute's positive twin joins the winner; opposite (ours): all that are judged, positive against
+    negative; all (ours): the same, whether judged or not."""
     chosen = np.isin(np.arange(len(criteria)), columns)
     win, lose = batch.annotations.copy(), batch.annotations.copy()        # each (B, leaves)
     win[chosen & (win < 0)] = 0 if pairs == "own" else 1
     lose[chosen & (lose > 0)] = -1 if pairs == "opposite" else 0
+    if pairs == "all":
+        win[:, chosen], lose[:, chosen] = 1, -1
     return tuple([criteria.prompt(c, a) for c, a in zip(batch.captions, side)] for side in (win, lose))
 
 

@@ -20,7 +20,7 @@ from dataclasses import astuple, dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-TESTS = {"train_cpo": "train", "train_sft": "train", "text": "model", "critic": "painter"}      # file -> its tests, where the names differ
+TESTS = {"train_cpo": "train", "train_sft": "train", "text": "model", "critic": "painter", "cli": "train", "lab": "study"}      # file -> its tests, where the names differ
 
 
 @dataclass(frozen=True)
@@ -97,6 +97,7 @@ MUTANTS = [
           ("z_win, z_lose = auxiliary(", "z_lose, z_win = auxiliary(", "learns to prefer the negative attributes"),
           ("win[chosen & (win < 0)]", "win[win < 0]", "the gap is about the whole tree, not the chosen branch"),
           ("lose[chosen & (lose > 0)] = -1", "lose[chosen & (lose > 0)] = 1", "opposite prompts that are not opposite"),
+          ("win[:, chosen], lose[:, chosen] = 1, -1", "win[:], lose[:] = 1, -1", "--pairs all leaves the chosen branch"),
           (", t.cpu(), noise.cpu())", ", t.cpu())", "each picture of a DPO pair has its own noise", "SalesforceAIResearch/DiffusionDPO issue 3"),
           (", t.cpu(), noise.cpu())", ", None, noise.cpu())", "each picture of a DPO pair has its own t"),
           ("if badness[first] < badness[second]", "if badness[first] > badness[second]", "DPO prefers the worse picture"),
@@ -168,6 +169,11 @@ MUTANTS = [
           ("- 2 * cross", "- cross", "Fréchet distance of equal sets is not 0"),
           ("(len(x) * (len(x) - 1))", "len(x) ** 2", "diversity counts a picture against itself"),
           ("if kind == \"plain\" else positive", "if kind != \"prompted\" else positive", "the guided row has no attributes")),
+    *_all("nanocpo/cli.py",
+          ("(ValueError, OSError, FloatingPointError)", "Exception", "a bug is told as if its user could mend it"),
+          ("device=name)", "device='cpu')", "--device does nothing")),
+    *_all("nanocpo/study/lab.py",
+          ("lab.taught(args)[1]", 'lab.models["auxiliary"]', "a degraded level is judged by the undegraded auxiliary")),
     *_all("nanocpo/muon.py",
           ("max(1, rows / columns) ** 0.5", "1", "tall matrices take too small a step"),
           ("factor = 3.4445", "factor = 2.4445", "the iteration does not reach 1")),

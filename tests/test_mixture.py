@@ -8,7 +8,7 @@ import torch
 
 from nanocpo.diffusion import Diffusion, guide
 from nanocpo.losses import cpo_loss
-from nanocpo.mixture import NEGATIVE, PLAIN, POSITIVE, flawed_world, train_residual
+from nanocpo.study.mixture import NEGATIVE, PLAIN, POSITIVE, flawed_world, train_residual
 
 WORLD = flawed_world()
 PROMPTS = (PLAIN, POSITIVE, NEGATIVE, (1, 0), (0, 1), (-1, 0), (1, -1))

@@ -1,16 +1,17 @@
 """The study commands, end to end on tiny models; and the small rules of theirs that decide what a table says."""
 import json
+from argparse import Namespace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-import nanocpo.lab as lab
-import nanocpo.study as study
+import nanocpo.study.lab as lab
+import nanocpo.study.studies as study
 from nanocpo.data import from_painter
 from nanocpo.model import Model, save_atomic
-from nanocpo.plots import bar_chart, line_chart, matrix_chart, ticks
+from nanocpo.study.plots import bar_chart, line_chart, matrix_chart, ticks
 from nanocpo.unet import UNetConfig
 
 TINY = UNetConfig(channels=(16, 32), depth=(0, 1), heads=(2, 2), groups=8, context_dim=16, vector_dim=16)
@@ -72,9 +73,26 @@ def test_run_that_stopped_goes_on(out, monkeypatch):
     monkeypatch.setitem(lab.KINDS, "align", dies)
     with pytest.raises(KeyboardInterrupt):
         run(out, "annotation", *flags)
-    assert [p.name for p in (out / "study" / "annotation").glob("7*.json")] == ["75___judged_1.json"]
-    summary, _ = run(out, "annotation", *flags)
-    assert calls == ["75___judged_1", "5___wrong_1", "5___wrong_1"] and list(summary["rows"]) == ["75 % judged", "5 % wrong", "base"]
+    assert [p.name for p in (out / "study" / "annotation").glob("*_CPO_*.json")] == ["75___judged__CPO_1.json"]
+    summary, text = run(out, "annotation", *flags)
+    assert calls == ["75___judged__CPO_1"] + ["75___judged__CPO___pairs_all_1"] * 2 + ["5___wrong__CPO_1"]
+    assert list(summary["rows"]) == ["base", *(f"75 % judged: {kind}" for kind in ("auxiliary guided", "CPO", "CPO --pairs all")),
+                                     "5 % wrong: auxiliary guided", "5 % wrong: CPO"] and "| 75 % judged: CPO --pairs all |" in text
+
+
+def test_a_run_of_degraded_annotations_has_data_and_auxiliary_of_its_own(tmp_path, monkeypatch):
+    args = Namespace(out=str(tmp_path), seed=0, device="cpu")
+    room, degraded = lab.Lab(args), Namespace(**vars(args), judged=0.25, wrong=0.0, model="auxiliary", prompt="guided")
+    room.data, room.models = from_painter(count=200), {"base": "base", "auxiliary": "the folder's"}
+    monkeypatch.setattr(lab, "train_auxiliary", lambda args, data, base: None)
+    monkeypatch.setattr(lab, "load_model", lambda path, device: path.parent.name)
+    monkeypatch.setattr(lab, "measured", lambda lab, args, model, kind: model)
+    data, auxiliary = room.taught(degraded)
+    assert auxiliary == "auxiliary_0.25_0.0" and abs((data.annotations != 0).mean() - 0.25) < 0.03
+    assert room.taught(args) == (room.data, "the folder's")
+    assert lab.sample_run(room, degraded)["row"] == "auxiliary_0.25_0.0"
+    assert lab.sample_run(room, Namespace(model="auxiliary", prompt="plain"))["row"] == "the folder's"
+    assert lab.sample_run(room, Namespace(model="base", prompt="plain"))["row"] == "base"
 
 
 def test_speed_decoupling_and_guidance(out, monkeypatch):
@@ -106,7 +124,7 @@ def test_gap_keeps_the_guarantees_on_free_outputs(out, monkeypatch):
 
 
 def test_world_draws(out, monkeypatch):
-    import nanocpo.world as figure
+    import nanocpo.study.world as figure
     monkeypatch.setattr(figure, "draw_samples", lambda world, eps, seed: world.sample(50, (0, 0), torch.Generator())[0].flatten(1))
     monkeypatch.setattr(figure, "draw_density", lambda *arguments: None)     # slow to draw, and its own test needs no pixels
     summary, text = run(out, "world", "--world-steps", "3")

@@ -246,20 +246,23 @@ def test_sft_prompts_are_subsets_of_the_annotation_and_every_kind_occurs():
 
 
 @pytest.mark.parametrize("pairs, win, lose", [
-    ("own", [1, 0, 0, 1], [0, -1, 0, 0]), ("completed", [1, 1, 0, 1], [0, -1, 0, 0]), ("opposite", [1, 1, 0, 1], [-1, -1, 0, -1])])
+    ("own", [1, 0, 0, 1], [0, -1, 0, 0]), ("completed", [1, 1, 0, 1], [0, -1, 0, 0]), ("opposite", [1, 1, 0, 1], [-1, -1, 0, -1]),
+    ("all", [1, 1, 1, 1], [-1, -1, -1, -1])])
 def test_preference_prompts_by_hand(pairs, win, lose):
     criteria = CRITERIA.select(["Horizon", "Color Relations"])
     batch = Batch(None, ["a boat"], np.array([[1, -1, 0, 1]], np.int8))
     got = train_cpo.preference_prompts(criteria, batch, [0, 1, 2, 3], pairs)
     assert got == ([criteria.prompt("a boat", win)], [criteria.prompt("a boat", lose)])
     assert batch.annotations.tolist() == [[1, -1, 0, 1]]          # the data is not written to
+    flipped = train_cpo.preference_prompts(criteria, Batch(None, ["a boat"], -batch.annotations), [0, 1, 2, 3], pairs)
+    assert (flipped == got) == (pairs in ("opposite", "all"))     # where the verdicts' signs do not matter, nor do wrong ones
 
 
 def test_branch_prompts_share_their_context():
     batch = DATA.batch(range(60))
     columns = CRITERIA.columns("Color Relations")
     phrases = {p for i in columns for p in (CRITERIA.leaves[i].positive, CRITERIA.leaves[i].negative)}
-    for pairs in ("own", "completed", "opposite"):
+    for pairs in ("own", "completed", "opposite", "all"):
         for win, lose in zip(*train_cpo.preference_prompts(CRITERIA, batch, columns, pairs)):
             assert set(win.positive) - phrases == set(lose.positive) - phrases
             assert set(win.negative) - phrases == set(lose.negative) - phrases

@@ -1,4 +1,4 @@
-"""The laboratory of nanocpo/study.py: one *run* is one trained and measured model (or one measurement), kept in a file of its own.
+"""The laboratory of studies.py: one *run* is one trained and measured model (or one measurement), kept in a file of its own.
 
 Each run leaves OUT/study/NAME/KEY.json (and a grid of pictures beside it) and is never repeated. Base, auxiliary and data are those
 of --seed; a run has its own training and sampling seed.
@@ -18,13 +18,13 @@ from torch import nn
 from train_cpo import align, cpo_step
 from train_sft import ensure_models, train_auxiliary
 
-from .cli import pick_device
-from .evaluate import evaluate
-from .grid import save_grid
-from .losses import RULES
-from .model import load_model, whole_file
-from .muon import Muon
-from .train import changed, finished, load_data, summarize
+from ..cli import pick_device
+from ..evaluate import evaluate
+from ..grid import save_grid
+from ..losses import RULES
+from ..model import load_model, whole_file
+from ..muon import Muon
+from ..train import changed, finished, load_data, summarize
 
 # One strength a rule, where nothing is searched.
 STRENGTH = {"none": 1.0, "winner": 0.0, "constant": 0.55, "safeguard": 0.2, "balance": 0.85, "clamped": 0.85}
@@ -53,10 +53,13 @@ class Lab:
         base, auxiliary = ensure_models(self.args, self.data)
         return {"base": base, "auxiliary": auxiliary}
 
-    def degraded(self, judged, wrong):
-        """(data, auxiliary) as if experts had judged only this share of the leaves, and this share of verdicts were wrong."""
-        folder = Path(self.args.out) / "study" / f"auxiliary_{judged}_{wrong}"
-        data = degrade(self.data, judged, wrong, self.args.seed)
+    def taught(self, args):
+        """(data, auxiliary) of a run: the folder's, or, if the run names these shares, as if experts had judged only args.judged of
+        the leaves, and args.wrong of their verdicts were wrong."""
+        if "judged" not in args:
+            return self.data, self.models["auxiliary"]
+        folder = Path(self.args.out) / "study" / f"auxiliary_{args.judged}_{args.wrong}"
+        data = degrade(self.data, args.judged, args.wrong, self.args.seed)
         if not finished(folder / "auxiliary.pt"):
             train_auxiliary(changed(self.args, out=str(folder), sample_every=0, resume=True), data, self.models["base"])
         return data, load_model(folder / "auxiliary.pt", pick_device(self.args.device))
@@ -120,14 +123,13 @@ def measured(lab, args, model, kind="plain"):
 
 def sample_run(lab, args):
     """A row without training: base or auxiliary, asked in one of evaluate's ways."""
-    return {"row": measured(lab, args, lab.models[args.model], args.prompt), "seconds": 0, "images": 0}
+    model = lab.models["base"] if args.model == "base" else lab.taught(args)[1]
+    return {"row": measured(lab, args, model, args.prompt), "seconds": 0, "images": 0}
 
 
 def align_run(lab, args):
     """Stage 2, then its row. Images seen: a pair of Diffusion-DPO is two."""
-    data, auxiliary = lab.data, lab.models["auxiliary"]
-    if "judged" in args:
-        data, auxiliary = lab.degraded(args.judged, args.wrong)
+    data, auxiliary = lab.taught(args)
     start = time.time()
     target, line = align(args, data, lab.models["base"], auxiliary)
     seconds = time.time() - start
@@ -158,7 +160,7 @@ def curve_run(lab, args):
 def auxiliary_run(lab, args):
     """Stage 1 with degraded annotations, so that later runs of this level find it."""
     start = time.time()
-    lab.degraded(args.judged, args.wrong)
+    lab.taught(args)
     return {"seconds": round(time.time() - start, 1)}
 
 

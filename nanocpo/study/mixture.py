@@ -8,7 +8,7 @@ Predictions are (B, 2, 1, 1): pictures of two channels and one pixel, as losses.
 import torch
 from torch import nn
 
-from .losses import cpo_loss
+from ..losses import cpo_loss
 
 
 class Mixture:

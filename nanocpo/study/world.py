@@ -3,8 +3,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from .diffusion import Diffusion, guide
-from .losses import cpo_loss
+from ..diffusion import Diffusion, guide
+from ..losses import cpo_loss
 from .mixture import NEGATIVE, PLAIN, POSITIVE, flawed_world, train_residual
 from .plots import COLOURS, INK, SCALE, Sheet
 

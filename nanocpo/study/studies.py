@@ -5,7 +5,7 @@
     python -m nanocpo.study methods --data mixed --out out_mixed  # the other data regime
     python -m nanocpo.study speed | decoupling | annotation | gap | guidance
 
-A study is a list of runs (nanocpo/lab.py) and a table, a chart and a JSON file made of their results, in docs/results. Settings are
+A study is a list of runs (lab.py) and a table, a chart and a JSON file made of their results, in docs/results. Settings are
 chosen on the validation seed, by the rule in `choose`, and measured on fresh seeds; intervals are 95 % over seeds (Student's t).
 """
 import argparse
@@ -17,11 +17,10 @@ import numpy as np
 from train_cpo import add_cpo_arguments
 from train_sft import add_sft_arguments
 
-from .cli import command
 from .lab import OPTIMIZERS, STRENGTH, Lab
-from .losses import RULES
+from ..losses import RULES
 from .plots import bar_chart, line_chart, matrix_chart
-from .train import BINS, add_common_arguments
+from ..train import BINS, add_common_arguments
 
 # Every method's search: four settings. A first guess, another learning rate, another value of the method's own knob; and a fourth
 # where the best of these three lay at an edge.
@@ -49,9 +48,9 @@ SAMPLERS = {"base": ("base", "plain"), "auxiliary prompted": ("auxiliary", "prom
 SPEED = {rule: dict(stabilizer=rule, strength=STRENGTH[rule]) for rule in RULES}
 SPEED["none, slower"] = dict(stabilizer="none", lr=5e-5)          # the rate at which vanilla does best (study methods)
 DOSES = {"k 0": dict(strength=0.0), "k -0.15": dict(strength=-0.15)}       # of decoupling: at z_win, or a little short of it (E12)
-LEVELS = {                                    # of the annotation study: shares of all leaves that are judged, of verdicts that are wrong
-    "as painted": (0.9, 0.0), "75 % judged": (0.75, 0.0), "50 % judged": (0.5, 0.0), "25 % judged": (0.25, 0.0), "10 % judged": (0.1, 0.0),
-    "5 % wrong": (0.9, 0.05), "10 % wrong": (0.9, 0.1), "20 % wrong": (0.9, 0.2)}
+LEVELS = {"as painted": {}}                                       # of annotation: shares of leaves judged (90 % as painted), of verdicts wrong
+LEVELS |= {f"{share} % judged": dict(judged=share / 100, wrong=0.0) for share in (75, 50, 25, 10)}
+LEVELS |= {f"{share} % wrong": dict(judged=0.9, wrong=share / 100) for share in (5, 10, 20)}
 COLUMNS, HEADER = (("neg", 2), ("caption", 3), ("diversity", 3), ("frechet", 1)), ("#A_neg", "caption", "diversity", "Fréchet")
 GUIDANCE = (1.0, 1.5, 2.0, 3.0, 4.0)
 
@@ -252,18 +251,22 @@ def decoupling(lab):
 
 
 def annotation(lab):
-    """How CPO falls off when experts judge less, or err; auxiliary and target both see only the degraded annotations."""
+    """How CPO falls off when experts judge less, or err; auxiliary and target both see only the degraded annotations. The guided
+    auxiliary tells what stage 1 lost; --pairs all asks stage 2 for every leaf, whether it is judged or not."""
     args, levels = lab.args, chosen_rows(lab.args, LEVELS)
-    lab.run([(f"auxiliary_{slug(n)}", "auxiliary", dict(judged=judged, wrong=wrong)) for n, (judged, wrong) in levels.items()])
-    runs = [(f"{slug(n)}_{seed}", "align", dict(judged=judged, wrong=wrong, seed=seed))
-            for n, (judged, wrong) in levels.items() for seed in args.seeds]
-    results = iter(lab.run(runs + base_runs(args.seeds)))
-    rows = {name: [next(results)["row"] for _ in args.seeds] for name in (*levels, "base")}
+    kinds = {"auxiliary guided": ("sample", dict(model="auxiliary", prompt="guided")),
+             "CPO": ("align", {}), "CPO --pairs all": ("align", dict(pairs="all"))}
+    lab.run([(f"auxiliary_{slug(level)}", "auxiliary", flags) for level, flags in levels.items()])
+    wanted = {f"{level}: {name}": (kind, flags | more) for level, flags in levels.items() for name, (kind, more) in kinds.items()
+              if not (flags.get("wrong") and "pairs" in more)}
+    results = iter(lab.run(base_runs(args.seeds) + [(f"{slug(name)}_{seed}", kind, flags | dict(seed=seed))
+                                                    for name, (kind, flags) in wanted.items() for seed in args.seeds]))
+    rows = {name: [next(results)["row"] for _ in args.seeds] for name in ("base", *wanted)}
     text = markdown(["annotation", *HEADER], [[n, *(written([r[k] for r in some], d) for k, d in COLUMNS)] for n, some in rows.items()])
     stem = publish(args, {"rows": rows}, text)
     bar_chart(f"{stem}.png", {n: over_seeds([r["neg"] for r in some]) for n, some in rows.items()},
-              "CPO with fewer and with wrong verdicts",
-              "#A_neg, lower is better; 95 % interval over seeds", highlight=list(levels))
+              "CPO with fewer and with wrong verdicts", "#A_neg, lower is better; 95 % interval over seeds",
+              highlight=[name for name, (kind, _) in wanted.items() if kind == "align"])
 
 
 def gap(lab):
@@ -312,7 +315,7 @@ def world(lab):
     (folder / "world.json").write_text(json.dumps(numbers, indent=1), encoding="utf-8")
     rows = [[name, *(f"{x:.2f}" for x in values)] for name, values in numbers["samples"].items()]
     text = markdown(["sampled from", "share good in both", "spread (good ones: 0.40)", "distance of the mean from the good ones'"], rows)
-    about = (f"{world.__doc__} A flawed world (`nanocpo/mixture.py`): 2 % of its pictures are good in both attributes. The target is "
+    about = (f"{world.__doc__} A flawed world (`nanocpo/study/mixture.py`): 2 % of its pictures are good in both attributes. The target is "
              f"the exact base and a tiny network, trained with CPO for {lab.args.world_steps} steps; nothing else is learned. "
              "`python -m nanocpo.study world`.")
     (folder / "world.md").write_text("\n\n".join(["# world", "![the analytic world](world.png)", about, text]) + "\n", encoding="utf-8")
@@ -343,7 +346,3 @@ def main(argv=None):
     args = parser.parse_args(argv)
     lab = Lab(args)
     STUDIES[args.study](lab)
-
-
-if __name__ == "__main__":
-    command(main)
