@@ -31,13 +31,13 @@ def main(argv=None):
     parser.add_argument("--eta", type=float, default=0.0, help="0: DDIM; 1: as much noise as DDPM")
     parser.add_argument("--seed", type=above(-1), default=0)
     parser.add_argument("--judge", action="store_true", help="write the critic's verdict under each picture")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, mps")
+    parser.add_argument("--device", type=pick_device, default="auto", help="auto, cpu, cuda, mps")
     parser.add_argument("--out", default="samples.png")
     finetune.add_arguments(parser)
     args = finetune.parse(parser, argv, finetune.SAMPLING)
     if args.weights:
         return finetune.paint(args)
-    model = load_model(args.checkpoint, pick_device(args.device))
+    model = load_model(args.checkpoint, args.device)
     criteria = model.criteria
     if args.judge and unmeasured(criteria, model.captions):
         raise ValueError(f"--judge: the critic has no measure for {', '.join(unmeasured(criteria, model.captions))}; leave it out")

@@ -41,7 +41,8 @@ def add_cpo_arguments(parser):
     parser.add_argument("--beta", type=above(0, float), help="preference strength; default: 4 / gap per sample for cpo, and 1 with --criteria "
                         "(E19); 200 for dpo")
     parser.add_argument("--pairs", choices=["own", "completed", "opposite", "all"], default="opposite",
-                        help="what the auxiliary's two prompts list (preference_prompts)")
+                        help="what the auxiliary's two prompts list of the leaves to align on. own: the picture's good against its bad ones; "
+                        "completed: also the good twins of the bad ones; opposite: all that are judged, good against bad; all: every leaf")
     parser.add_argument("--criteria", nargs="+", help="align on these branches of the tree only, by name or path")
     parser.add_argument("--paint", type=above(-1), default=1024, help="with --criteria: pictures that the auxiliary paints anew, right in the "
                         "branch and else as annotated, to train on instead of the data (0: the data; with --weights always)")
@@ -161,12 +162,20 @@ def method_step(args, data, reference, auxiliary):
     return cpo_step(args, data, reference, auxiliary, columns)
 
 
+def stage_flags(args):
+    """The flags that decide what stage 2 makes of its data and models, {name: value}."""
+    flags = ("method", "stabilizer", "strength", "beta", "pairs", "criteria", "best", "lean")
+    painting = ("paint", "sampling_steps") if args.criteria and args.paint else ()
+    return {flag: getattr(args, flag) for flag in flags + painting}
+
+
 def align(args, data, base, auxiliary, watch=None):
     """Train OUT/NAME.pt from the base model; returns (the aligned model, frozen; the last log line). watch: see run_stage."""
     target = base.frozen_copy().requires_grad_(True)                      # its own weights: base stays the reference
     step = method_step(args, data.split("train"), base, auxiliary)
-    flags = ("method", "stabilizer", "strength", "beta", "pairs", "criteria", "paint", "sampling_steps", "best", "lean")
-    made_of = {"data": identity(args, data), "base": fingerprint(base), "auxiliary": fingerprint(auxiliary)} | {k: getattr(args, k) for k in flags}
+    made_of = {"data": identity(args, data), "base": fingerprint(base)} | stage_flags(args)
+    if args.method in ("cpo", "esd"):
+        made_of["auxiliary"] = fingerprint(auxiliary)
     return run_stage(args, target, step, args.name, args.steps, args.lr, made_of=made_of, watch=watch)
 
 
@@ -213,7 +222,7 @@ def main(argv=None):
         parser.error("--samples 1: an interval needs two pictures at least; 0 leaves the report out")
     if args.weights:
         data, base = finetune.start(args)
-        return finetune.align(args, data, base, sft_step(args, data.split("train"), attribute_prompts), method_step)
+        return finetune.align(args, data, base, sft_step(args, data.split("train"), attribute_prompts), method_step, stage_flags(args))
     start = time.time()
     data = load_data(args)
     data.criteria.columns(args.criteria)                                  # a wrong name is said before the training, not after

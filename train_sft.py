@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from nanocpo.cli import above, command, pick_device
+from nanocpo.cli import above, command
 from nanocpo.data import to_images
 from nanocpo.evaluate import all_prompts
 from nanocpo.grid import save_grid
@@ -100,7 +100,7 @@ def identity(args, data):
 def ensure_models(args, data):
     """(base, auxiliary): loaded where a finished checkpoint exists in OUT, trained where none does. Raises ValueError if one that
     exists was made of other data or of another base; says so if its other flags differ."""
-    device, out = pick_device(args.device), Path(args.out)
+    device, out = args.device, Path(args.out)
 
     def fitting(path, made_of, **flags):
         """The model in this file, checked against what it should be made of."""
@@ -137,7 +137,7 @@ def main(argv=None):
     args = finetune.parse(parser, argv, finetune.TRAINING)
     if args.weights:
         data, base = finetune.start(args)
-        return base, finetune.ensure_auxiliary(args, base, sft_step(args, data.split("train"), attribute_prompts))
+        return base, finetune.ensure_auxiliary(args, data, base, sft_step(args, data.split("train"), attribute_prompts))
     data = load_data(args)
     return ensure_models(args, data)
 

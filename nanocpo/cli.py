@@ -1,4 +1,4 @@
-"""What all commands share: how their flags are read, which device they take, how they end."""
+"""What all commands share: two types of flags, and how errors are told."""
 import argparse
 import sys
 
@@ -15,21 +15,23 @@ def above(low, kind=int):
     return number
 
 
-def pick_device(name="auto"):
-    """"auto" takes cuda, then mps, then cpu. Raises ValueError if torch cannot use a device that is named."""
+def pick_device(name):
+    """The argparse type of --device: "auto" takes cuda, then mps, then cpu."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:               # torch raises either
-        raise ValueError(f"--device {name}: torch cannot use it ({str(error).splitlines()[0]})") from error
+        raise argparse.ArgumentTypeError(f"torch cannot use {name} ({str(error).splitlines()[0]})") from error
 
 
 def command(main):
-    """Run a script's main(). What its user can mend is told in one line and ends with status 1; `python -X dev` shows where it arose."""
+    """Run a script's main(). An error that this package raises for its user to mend (ValueError or one made of it), or that a file system
+    or a diverging training does, is told in one line and ends with status 1. `python -X dev` shows where it arose; bugs always do."""
     try:
         main()
     except (ValueError, OSError, FloatingPointError) as error:
-        if sys.flags.dev_mode:
+        others = type(error) is not ValueError and type(error).__module__.split(".")[0] not in ("builtins", "nanocpo")
+        if sys.flags.dev_mode or others or isinstance(error, UnicodeError):
             raise
         sys.exit(f"error: {error}")

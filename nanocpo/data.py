@@ -63,7 +63,7 @@ class Paintings:
     def digest(self):
         """A digest of all of it: when it is the same, so is what a model is shown."""
         digest = hashlib.sha256(repr((self.criteria.to_dict(), self.captions)).encode())
-        for array in (self.images, self.annotations):
+        for array in (*self.images, self.annotations):
             digest.update(np.ascontiguousarray(array))
         return digest.hexdigest()
 

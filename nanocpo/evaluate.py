@@ -109,7 +109,7 @@ def evaluate(models, samples=512, seed=0, steps=12, guidance=2.0):
 
 
 def rows_key(models, *settings):
-    """A text that changes with the models' weights, the settings, or any code of this package: when to measure again."""
+    """A text that changes with the models' weights, the settings, or any code beside this file: when to measure again."""
     code = b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py")))
     return hashlib.sha256(repr((fingerprint(*models), settings)).encode() + code).hexdigest()
 
@@ -141,10 +141,10 @@ def main(argv=None):
     parser.add_argument("--samples", type=above(1), default=512)
     parser.add_argument("--steps", type=int, default=12, help="sampling steps")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, mps")
+    parser.add_argument("--device", type=pick_device, default="auto", help="auto, cpu, cuda, mps")
     parser.add_argument("--json", help="also write the report to this file")
     args = parser.parse_args(argv)
-    models = {path: (load_model(path, pick_device(args.device)), args.kind) for path in args.checkpoints}
+    models = {path: (load_model(path, args.device), args.kind) for path in args.checkpoints}
     report, _ = evaluate(models, args.samples, args.seed, args.steps, args.guidance)
     print(table(report))
     if args.json:

@@ -130,7 +130,7 @@ def load(path, networks):
     for (part, name), pieces in found.items():
         shape = networks[part].get_submodule(name).weight.shape
         out.setdefault(part, {})[name] = _fold(f"{path}: the adapter of {part}.{name}", name, shape, pieces, settings.get(part, {}))
-    return out
+    return {part: dict(sorted(layers.items())) for part, layers in out.items()}       # files of one adapter may be in any order
 
 
 def _layer(name, flat):

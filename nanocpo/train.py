@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from .cli import above
+from .cli import above, pick_device
 from .criteria import Criteria
 from .data import from_folder, from_painter
 from .model import load_checkpoint, save_atomic
@@ -47,7 +47,7 @@ def add_common_arguments(parser):
     parser.add_argument("--count", type=above(0), default=10000, help="number of pictures to paint; 80 %% of them train")
     parser.add_argument("--skip-bad", action="store_true", help="leave bad lines of a folder out instead of stopping")
     parser.add_argument("--seed", type=above(-1), default=0)
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, mps")
+    parser.add_argument("--device", type=pick_device, default="auto", help="auto, cpu, cuda, mps")
     parser.add_argument("--bf16", action="store_true", help="run the models in bfloat16; losses and weights stay float32")
     parser.add_argument("--batch", type=above(0), default=32)
     parser.add_argument("--resume", action="store_true", help="continue a run that stopped, from its last checkpoint")
@@ -82,8 +82,8 @@ def fit(model, loss_step, recipe, path, *, name, seed=0, bf16=False, resume=Fals
         was = state.get("run", {}) | {"model": state["config"], "tree": state["criteria"]}
         now = run | {"model": model.config, "tree": model.criteria.to_dict()}
         if was != now:
-            raise ValueError(f"{path} belongs to another run ({', '.join(k for k in now if was.get(k) != now[k])}); resume with the same "
-                             "flags and data, or choose another --out or --name")
+            raise ValueError(f"{path} belongs to another run ({', '.join(sorted(k for k in was | now if was.get(k) != now.get(k)))}); resume with "
+                             "the same flags and data, or choose another --out or --name")
         model.load_state_dict(state["model"])
         average.load_state_dict(state["ema"])
         optimizer.load_state_dict(state["optimizer"])

@@ -359,6 +359,22 @@ def test_both_stages_end_to_end_and_diffusers_paints_the_same(world, tmp_path):
         line = train_cpo.main(common + ALIGN + ["--name", name, *more])
         assert line["step"] == 2 and ("margin" in line) == (name == "half") and (tmp_path / f"{name}.safetensors").is_file()
         assert not (tmp_path / f"report_{name}.json").exists()
+
+    train_cpo.main(flags(world, tmp_path / "one") + ALIGN)                 # both stages in one call, and then again
+    train_cpo.main(flags(world, tmp_path / "one") + ALIGN + ["--resume"])
+    target = tmp_path / "target.safetensors"
+    before = target.read_bytes()
+    train_cpo.main(common + ALIGN + ["--resume", "--samples", "2"])        # the same run, which is finished
+    assert target.read_bytes() == before
+    listing = world[1] / "metadata.jsonl"
+    rows = listing.read_text()
+    for more, what, text in ((["--stabilizer", "none"], "stabilizer", rows), (["--rank", "3"], "rank", rows), (lora, "auxiliary", rows),
+                             ([], "data", "\n".join(rows.splitlines()[::-1])), (["--prediction", "v"], "prediction", rows)):
+        listing.write_text(text)
+        with pytest.raises(ValueError, match=rf"target.pt belongs to another run \({what}\)"):
+            train_cpo.main(common + ALIGN + ["--resume", *more])
+        listing.write_text(rows)
+
     pipe = world[2]
     for name in ("target.safetensors", "target_kohya.safetensors"):
         ours = sample.main(["--weights", str(world[0]), "--lora", str(tmp_path / name), "--prompt", "a boat", "--resolution", "64", "--steps", "2",

@@ -1,6 +1,9 @@
 """The study commands, end to end on tiny models; and the small rules of theirs that decide what a table says."""
 import json
+import subprocess
+import sys
 from argparse import Namespace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,7 +13,7 @@ from PIL import Image
 import nanocpo.study.lab as lab
 import nanocpo.study.studies as study
 from nanocpo.data import from_painter
-from nanocpo.model import Model, save_atomic
+from nanocpo.model import Model, load_model, save_atomic
 from nanocpo.study.plots import bar_chart, line_chart, matrix_chart, ticks
 from nanocpo.unet import UNetConfig
 
@@ -68,8 +71,7 @@ def test_run_that_stopped_goes_on(out, monkeypatch):
         if len(calls) == 2:
             raise KeyboardInterrupt
         return make(lab, args)
-    monkeypatch.setattr(lab, "train_auxiliary", lambda args, data, base: save_atomic(
-        f"{args.out}/auxiliary.pt", torch.load(out / "auxiliary.pt", weights_only=True)))
+    monkeypatch.setattr(lab, "train_auxiliary", lambda args, data, base: (load_model(out / "auxiliary.pt"), {}))
     monkeypatch.setitem(lab.KINDS, "align", dies)
     with pytest.raises(KeyboardInterrupt):
         run(out, "annotation", *flags)
@@ -81,18 +83,29 @@ def test_run_that_stopped_goes_on(out, monkeypatch):
 
 
 def test_a_run_of_degraded_annotations_has_data_and_auxiliary_of_its_own(tmp_path, monkeypatch):
-    args = Namespace(out=str(tmp_path), seed=0, device="cpu")
+    args = Namespace(out=str(tmp_path), seed=0, device="cpu", name="x", method="cpo", steps=1, batch=1)
     room, degraded = lab.Lab(args), Namespace(**vars(args), judged=0.25, wrong=0.0, model="auxiliary", prompt="guided")
     room.data, room.models = from_painter(count=200), {"base": "base", "auxiliary": "the folder's"}
-    monkeypatch.setattr(lab, "train_auxiliary", lambda args, data, base: None)
-    monkeypatch.setattr(lab, "load_model", lambda path, device: path.parent.name)
-    monkeypatch.setattr(lab, "measured", lambda lab, args, model, kind: model)
-    data, auxiliary = room.taught(degraded)
-    assert auxiliary == "auxiliary_0.25_0.0" and abs((data.annotations != 0).mean() - 0.25) < 0.03
-    assert room.taught(args) == (room.data, "the folder's")
-    assert lab.sample_run(room, degraded)["row"] == "auxiliary_0.25_0.0"
+    share = lambda data: round((data.annotations != 0).mean() / 0.05) * 0.05
+
+    def align(args, data, base, auxiliary):
+        (tmp_path / "x.pt").write_text("")
+        return f"{share(data):.2f}, {auxiliary}", {}
+    monkeypatch.setattr(lab, "train_auxiliary", lambda args, data, base: (f"taught by {share(data):.2f}", {}))
+    monkeypatch.setattr(lab, "align", align)
+    monkeypatch.setattr(lab, "measured", lambda lab, args, model, kind="plain": model)
+    assert lab.align_run(room, degraded)["row"] == "0.25, taught by 0.25"
+    assert lab.align_run(room, args)["row"] == "0.90, the folder's"
+    assert lab.sample_run(room, degraded)["row"] == "taught by 0.25"
     assert lab.sample_run(room, Namespace(model="auxiliary", prompt="plain"))["row"] == "the folder's"
     assert lab.sample_run(room, Namespace(model="base", prompt="plain"))["row"] == "base"
+
+
+def test_an_error_of_a_command_is_one_line(tmp_path):
+    """Of this one, as of all: they end with the same cli.command."""
+    found = subprocess.run([sys.executable, "-m", "nanocpo.study", "annotation", "--only", "everything", "--out", str(tmp_path)],
+                           capture_output=True, text=True, cwd=Path(__file__).parent.parent)
+    assert found.returncode == 1 and found.stderr.startswith("error: --only everything: no such row") and found.stderr.count("\n") == 1
 
 
 def test_speed_decoupling_and_guidance(out, monkeypatch):
@@ -106,6 +119,18 @@ def test_speed_decoupling_and_guidance(out, monkeypatch):
     assert [row[0]["neg"] for scales in summary["rows"].values() for row in scales.values()] and "1 call" in text
     files = {p.stem for p in (out / "study" / "guidance").glob("*.json")}
     assert len(files) == 4                                        # no two runs of one name
+
+
+def test_runs_shared_among_processes_are_those_made_one_by_one(out, monkeypatch):
+    """--jobs starts processes of their own, which load data and models for themselves."""
+    monkeypatch.setattr(study, "GUIDANCE", (2.0,))
+    alone, _ = run(out, "guidance", "--seeds", "7")
+    for file in (out / "study" / "guidance").glob("*_7.json"):
+        file.unlink()
+    shared, _ = run(out, "guidance", "--seeds", "7", "--jobs", "2")
+    for name, scales in alone["rows"].items():
+        (a,), (b,) = scales["2.0"], shared["rows"][name]["2.0"]
+        assert a["neg"] == b["neg"] and a["frechet"] == pytest.approx(b["frechet"], rel=1e-3)
 
 
 def test_gap_keeps_the_guarantees_on_free_outputs(out, monkeypatch):

@@ -14,7 +14,6 @@ import torch
 from tqdm import tqdm
 
 from .. import lora
-from ..cli import pick_device
 from ..criteria import Criteria, Prompt
 from ..data import Batch, Paintings, open_picture, read_folder, to_images, to_tensor
 from ..grid import save_grid
@@ -64,7 +63,7 @@ def parse(parser, argv, values):
 def open_base(args, cache=None):
     """The frozen base that the flags name, as an SDModel without an adapter: it is the reference."""
     parts = load_parts(args.weights, args.config, args.tokenizer, args.variant, getattr(torch, args.dtype), args.prediction)
-    return SDModel(Base(parts, cache=cache, size=(args.resolution,) * 2, checkpointing=args.checkpointing, device=pick_device(args.device)))
+    return SDModel(Base(parts, cache=cache, size=(args.resolution,) * 2, checkpointing=args.checkpointing, device=args.device))
 
 
 # ---- pictures
@@ -152,9 +151,9 @@ def accumulated(loss_step, count):
     return step
 
 
-def train(args, base, loss_step, name, steps, lr):
+def train(args, data, base, loss_step, name, steps, lr, made_of=None):
     """Train a new adapter on the base -> OUT/NAME.pt (to resume) and OUT/NAME.safetensors, kohya's layout in NAME_kohya.safetensors;
-    returns (the averaged model, frozen; the last log line)."""
+    returns (the averaged model, frozen; the last log line). made_of: what of this stage must be the same to resume it (fit's `run`)."""
     out, model = Path(args.out), base.with_adapter(args.rank, args.seed)
 
     def pictures(average, step):
@@ -163,9 +162,11 @@ def train(args, base, loss_step, name, steps, lr):
                                  for m in (base, average)])
         save_grid(out / "samples" / f"{name}_{step:05d}.png", images, captions * 2, columns=4, zoom=1, titles=["base", f"{name}, step {step}"])
 
+    run = {"data": data.digest(), "base": fingerprint(base.base.parts.unet), "prediction": base.diffusion.prediction, "rank": args.rank,
+           "batch": args.batch, "accumulate": args.accumulate}
     average, line = fit(model, accumulated(loss_step, args.accumulate), Recipe(steps, lr), out / f"{name}.pt",
                         name=name, seed=args.seed, resume=args.resume, save_every=args.save_every, pictures=pictures,
-                        sample_every=args.sample_every)
+                        sample_every=args.sample_every, run=run | (made_of or {}))
     lora.save(average.adapter, out / f"{name}.safetensors")
     lora.save(average.adapter, out / f"{name}_kohya.safetensors", "kohya")
     print(f"{out / name}.safetensors written")
@@ -183,22 +184,25 @@ def with_lora(base, path, merge_text=False):
     return SDModel(base.base, lora.Adapter(pairs.get("unet", {})).to(base.device)).eval().requires_grad_(False)
 
 
-def ensure_auxiliary(args, base, loss_step):
-    """The auxiliary: --lora's adapter, or OUT's (which is only written when it is ready), or trained now with loss_step."""
+def ensure_auxiliary(args, data, base, loss_step):
+    """The auxiliary: --lora's adapter, or OUT's (which is only written when it is ready, and trained now if it is not there)."""
     path = Path(args.lora or Path(args.out) / "auxiliary.safetensors")
     if not args.lora and not path.is_file():
-        return train(args, base, loss_step, "auxiliary", args.sft_steps, args.sft_lr)[0]
-    auxiliary = with_lora(base, path)
-    print(f"{path}: used as it is" + ("" if args.lora else "; delete it to train another"))
-    return auxiliary
+        train(args, data, base, loss_step, "auxiliary", args.sft_steps, args.sft_lr)
+    else:
+        print(f"{path}: used as it is" + ("" if args.lora else "; delete it to train another"))
+    return with_lora(base, path)
 
 
-def align(args, data, base, sft_step, method_step):
+def align(args, data, base, sft_step, method_step, stage_flags):
     """Stage 2: the target, an adapter beside the auxiliary's, and what can be said of it without a critic (report.py); returns that
-    report, or the last log line with --samples 0. sft_step and method_step(args, data, base, auxiliary): the two stages' loss steps."""
+    report, or the last log line with --samples 0. sft_step and method_step(args, data, base, auxiliary): the two stages' loss steps;
+    stage_flags: the second's own flags, {name: value}."""
     needed = args.method != "sft" or args.lora                            # --lora: as the judge of --method sft
-    auxiliary = ensure_auxiliary(args, base, sft_step) if needed else None
-    target, line = train(args, base, method_step(args, data.split("train"), base, auxiliary), args.name, args.steps, args.lr)
+    auxiliary = ensure_auxiliary(args, data, base, sft_step) if needed else None
+    made_of = stage_flags if args.method == "sft" else stage_flags | {"auxiliary": fingerprint(auxiliary.adapter)}
+    step = method_step(args, data.split("train"), base, auxiliary)
+    target, line = train(args, data, base, step, args.name, args.steps, args.lr, made_of)
     if args.samples == 0:
         return line
     held, evenly = held_out(data), changed(args, method="cpo", lean=1.0)                    # so that every timestep bin is measured

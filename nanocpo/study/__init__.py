@@ -1,1 +1,1 @@
-"""The experiments and the closed-formula world. Nothing outside of this folder needs it."""
+"""The experiments and the closed-formula world. Nothing else in the package imports it."""

@@ -18,13 +18,12 @@ from torch import nn
 from train_cpo import align, cpo_step
 from train_sft import ensure_models, train_auxiliary
 
-from ..cli import pick_device
 from ..evaluate import evaluate
 from ..grid import save_grid
 from ..losses import RULES
-from ..model import load_model, whole_file
+from ..model import whole_file
 from ..muon import Muon
-from ..train import changed, finished, load_data, summarize
+from ..train import changed, load_data, summarize
 
 # One strength a rule, where nothing is searched.
 STRENGTH = {"none": 1.0, "winner": 0.0, "constant": 0.55, "safeguard": 0.2, "balance": 0.85, "clamped": 0.85}
@@ -60,9 +59,8 @@ class Lab:
             return self.data, self.models["auxiliary"]
         folder = Path(self.args.out) / "study" / f"auxiliary_{args.judged}_{args.wrong}"
         data = degrade(self.data, args.judged, args.wrong, self.args.seed)
-        if not finished(folder / "auxiliary.pt"):
-            train_auxiliary(changed(self.args, out=str(folder), sample_every=0, resume=True), data, self.models["base"])
-        return data, load_model(folder / "auxiliary.pt", pick_device(self.args.device))
+        auxiliary, _ = train_auxiliary(changed(self.args, out=str(folder), sample_every=0, resume=True), data, self.models["base"])
+        return data, auxiliary                                    # resumed: a finished one is only checked and read
 
     def run(self, runs):
         """[(key, kind, overrides of the flags)], independent of one another -> their results, made where no file has them yet.
@@ -73,9 +71,9 @@ class Lab:
             print(f"{self.args.study}: run {number} of {len(missing)}, {run[0]}", flush=True)
             self.make(run)
         if missing and self.args.jobs > 1:
-            os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // self.args.jobs))          # of the new processes
-            self.models                                            # train what is missing once, before they start
-            with multiprocessing.get_context("spawn").Pool(self.args.jobs) as pool:
+            self.models                                            # train what is missing once, before the processes start
+            threads = max(1, (os.cpu_count() or 1) // self.args.jobs)
+            with multiprocessing.get_context("spawn").Pool(self.args.jobs, torch.set_num_threads, [threads]) as pool:
                 pool.starmap(make_in_process, [(self.args, run) for run in missing], chunksize=1)
         return [self.read(run) for run in runs]
 

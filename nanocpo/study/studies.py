@@ -255,10 +255,10 @@ def annotation(lab):
     auxiliary tells what stage 1 lost; --pairs all asks stage 2 for every leaf, whether it is judged or not."""
     args, levels = lab.args, chosen_rows(lab.args, LEVELS)
     kinds = {"auxiliary guided": ("sample", dict(model="auxiliary", prompt="guided")),
-             "CPO": ("align", {}), "CPO --pairs all": ("align", dict(pairs="all"))}
-    lab.run([(f"auxiliary_{slug(level)}", "auxiliary", flags) for level, flags in levels.items()])
+             "CPO": ("align", dict(pairs="opposite")), "CPO --pairs all": ("align", dict(pairs="all"))}
+    lab.run([(f"auxiliary_{slug(level)}", "auxiliary", flags) for level, flags in levels.items() if flags])
     wanted = {f"{level}: {name}": (kind, flags | more) for level, flags in levels.items() for name, (kind, more) in kinds.items()
-              if not (flags.get("wrong") and "pairs" in more)}
+              if not flags.get("wrong") or name != "CPO --pairs all"}         # it was fully judged: nearly the same prompts
     results = iter(lab.run(base_runs(args.seeds) + [(f"{slug(name)}_{seed}", kind, flags | dict(seed=seed))
                                                     for name, (kind, flags) in wanted.items() for seed in args.seeds]))
     rows = {name: [next(results)["row"] for _ in args.seeds] for name in ("base", *wanted)}
@@ -327,7 +327,7 @@ STUDIES = {f.__name__: f for f in (methods, speed, decoupling, annotation, gap, 
 
 def main(argv=None):
     """Parse the flags and run one study; what is finished is used again."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    parser = argparse.ArgumentParser("python -m nanocpo.study", description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter,
                                      epilog="\n".join(f"{name}: {f.__doc__}" for name, f in STUDIES.items()))
     parser.add_argument("study", choices=list(STUDIES))
     add_common_arguments(parser)
@@ -341,8 +341,8 @@ def main(argv=None):
     parser.add_argument("--batches", type=int, default=8, help="batches that `gap` looks at")
     parser.add_argument("--step-size", type=float, default=3e-4, help="relative length of the one step that `gap` takes")
     parser.add_argument("--world-steps", type=int, default=1500, help="training steps of the tiny network of `world`")
-    parser.add_argument("--only", nargs="+", help="only these rows (methods, speed, annotation) or doses (decoupling)")
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, each with its share of the cores; on two cores 1 is fastest")
+    parser.add_argument("--only", nargs="+", help="only these rows (methods, speed), levels (annotation) or doses (decoupling)")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, each with its share of the cores")
     args = parser.parse_args(argv)
     lab = Lab(args)
     STUDIES[args.study](lab)
