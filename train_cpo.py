@@ -162,20 +162,19 @@ def method_step(args, data, reference, auxiliary):
     return cpo_step(args, data, reference, auxiliary, columns)
 
 
-def stage_flags(args):
-    """The flags that decide what stage 2 makes of its data and models, {name: value}."""
+def stage_2(args, auxiliary):
+    """What decides, beside data and base, what stage 2 makes, {name: value}: its flags, and a digest of the auxiliary if --method asks it."""
     flags = ("method", "stabilizer", "strength", "beta", "pairs", "criteria", "best", "lean")
     painting = ("paint", "sampling_steps") if args.criteria and args.paint else ()
-    return {flag: getattr(args, flag) for flag in flags + painting}
+    teacher = {"auxiliary": fingerprint(auxiliary)} if args.method in ("cpo", "esd") else {}
+    return {flag: getattr(args, flag) for flag in flags + painting} | teacher
 
 
 def align(args, data, base, auxiliary, watch=None):
     """Train OUT/NAME.pt from the base model; returns (the aligned model, frozen; the last log line). watch: see run_stage."""
     target = base.frozen_copy().requires_grad_(True)                      # its own weights: base stays the reference
     step = method_step(args, data.split("train"), base, auxiliary)
-    made_of = {"data": identity(args, data), "base": fingerprint(base)} | stage_flags(args)
-    if args.method in ("cpo", "esd"):
-        made_of["auxiliary"] = fingerprint(auxiliary)
+    made_of = {"data": identity(args, data), "base": fingerprint(base)} | stage_2(args, auxiliary)
     return run_stage(args, target, step, args.name, args.steps, args.lr, made_of=made_of, watch=watch)
 
 
@@ -222,7 +221,7 @@ def main(argv=None):
         parser.error("--samples 1: an interval needs two pictures at least; 0 leaves the report out")
     if args.weights:
         data, base = finetune.start(args)
-        return finetune.align(args, data, base, sft_step(args, data.split("train"), attribute_prompts), method_step, stage_flags(args))
+        return finetune.align(args, data, base, sft_step(args, data.split("train"), attribute_prompts), method_step, stage_2)
     start = time.time()
     data = load_data(args)
     data.criteria.columns(args.criteria)                                  # a wrong name is said before the training, not after

@@ -31,7 +31,7 @@ def command(main):
     try:
         main()
     except (ValueError, OSError, FloatingPointError) as error:
-        others = type(error) is not ValueError and type(error).__module__.split(".")[0] not in ("builtins", "nanocpo")
-        if sys.flags.dev_mode or others or isinstance(error, UnicodeError):
+        own = type(error).__module__.startswith("nanocpo.") or type(error) is ValueError           # not JSON's, Unicode's, numpy's
+        if sys.flags.dev_mode or not (own or isinstance(error, (OSError, FloatingPointError))):
             raise
         sys.exit(f"error: {error}")

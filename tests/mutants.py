@@ -20,7 +20,8 @@ from dataclasses import astuple, dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-TESTS = {"train_cpo": "train", "train_sft": "train", "text": "model", "critic": "painter", "cli": "train", "lab": "study"}      # file -> its tests, where the names differ
+TESTS = {"train_cpo": "train", "train_sft": "train", "text": "model", "critic": "painter", "cli": "train",
+         "lab": "study"}                    # file -> its tests, where the names differ
 
 
 @dataclass(frozen=True)

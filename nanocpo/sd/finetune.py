@@ -194,15 +194,14 @@ def ensure_auxiliary(args, data, base, loss_step):
     return with_lora(base, path)
 
 
-def align(args, data, base, sft_step, method_step, stage_flags):
+def align(args, data, base, sft_step, method_step, stage_2):
     """Stage 2: the target, an adapter beside the auxiliary's, and what can be said of it without a critic (report.py); returns that
     report, or the last log line with --samples 0. sft_step and method_step(args, data, base, auxiliary): the two stages' loss steps;
-    stage_flags: the second's own flags, {name: value}."""
+    stage_2(args, auxiliary): what decides the second (fit's `run`)."""
     needed = args.method != "sft" or args.lora                            # --lora: as the judge of --method sft
     auxiliary = ensure_auxiliary(args, data, base, sft_step) if needed else None
-    made_of = stage_flags if args.method == "sft" else stage_flags | {"auxiliary": fingerprint(auxiliary.adapter)}
     step = method_step(args, data.split("train"), base, auxiliary)
-    target, line = train(args, data, base, step, args.name, args.steps, args.lr, made_of)
+    target, line = train(args, data, base, step, args.name, args.steps, args.lr, stage_2(args, auxiliary))
     if args.samples == 0:
         return line
     held, evenly = held_out(data), changed(args, method="cpo", lean=1.0)                    # so that every timestep bin is measured

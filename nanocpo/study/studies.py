@@ -17,10 +17,10 @@ import numpy as np
 from train_cpo import add_cpo_arguments
 from train_sft import add_sft_arguments
 
-from .lab import OPTIMIZERS, STRENGTH, Lab
 from ..losses import RULES
-from .plots import bar_chart, line_chart, matrix_chart
 from ..train import BINS, add_common_arguments
+from .lab import OPTIMIZERS, STRENGTH, Lab
+from .plots import bar_chart, line_chart, matrix_chart
 
 # Every method's search: four settings. A first guess, another learning rate, another value of the method's own knob; and a fourth
 # where the best of these three lay at an edge.
@@ -258,7 +258,7 @@ def annotation(lab):
              "CPO": ("align", dict(pairs="opposite")), "CPO --pairs all": ("align", dict(pairs="all"))}
     lab.run([(f"auxiliary_{slug(level)}", "auxiliary", flags) for level, flags in levels.items() if flags])
     wanted = {f"{level}: {name}": (kind, flags | more) for level, flags in levels.items() for name, (kind, more) in kinds.items()
-              if not flags.get("wrong") or name != "CPO --pairs all"}         # it was fully judged: nearly the same prompts
+              if not flags.get("wrong") or name != "CPO --pairs all"}         # 90 % judged: nearly the same prompts
     results = iter(lab.run(base_runs(args.seeds) + [(f"{slug(name)}_{seed}", kind, flags | dict(seed=seed))
                                                     for name, (kind, flags) in wanted.items() for seed in args.seeds]))
     rows = {name: [next(results)["row"] for _ in args.seeds] for name in ("base", *wanted)}
