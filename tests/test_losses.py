@@ -526,9 +526,10 @@ def test_float64_stays():
 
 
 def test_margin_of_a_small_gap_is_not_rounding_noise():
-    """Four errors of about 1 taken from one another would leave noise of 1e-7 / gap; the products of differences do not."""
-    eps, step, direction = randn(3, (16, 3, 8, 8), dtype=torch.float32)
-    z_win, z_lose, near = eps + 1e-3 * direction, eps - 1e-3 * direction, eps + 1e-3 * step
-    margin = cpo_loss(near, eps, z_win, z_lose, beta=1e6, stabilizer="none")[1]["margin"]
-    exact = cpo_loss(*(x.double() for x in (near, eps, z_win, z_lose)), beta=1e6, stabilizer="none")[1]["margin"]
+    """Four errors of about 1 taken from one another would leave noise of 1e-7 beta; the products of differences do not."""
+    eps_ref, middle, step, direction = randn(4, (16, 3, 8, 8), dtype=torch.float32)
+    four = eps_ref + 1e-3 * step, eps_ref, middle + 1e-3 * direction, middle - 1e-3 * direction
+    margin = cpo_loss(*four, beta=1e7, stabilizer="none")[1]["margin"]
+    exact = cpo_loss(*(x.double() for x in four), beta=1e7, stabilizer="none")[1]["margin"]
+    assert exact.abs().max() > 1
     torch.testing.assert_close(margin.double(), exact, rtol=1e-2, atol=1e-2)
