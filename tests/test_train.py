@@ -285,6 +285,28 @@ def test_only_the_target_moves(tmp_path, method):
     assert not base.training and not auxiliary.training
 
 
+@pytest.mark.parametrize("method", ["cpo", "esd", "dpo", "sft"])
+def test_only_the_training_part_is_aligned_on(tmp_path, method):
+    """All other pictures have a caption that no model knows, so that one of them would stop the run."""
+    data = replace(DATA, captions=[caption if i % 10 < 8 else "a ghost" for i, caption in enumerate(DATA.captions)])
+    base, auxiliary = tiny_model().frozen_copy(), tiny_model(seed=5).frozen_copy()
+    args = cpo_arguments("--out", str(tmp_path), "--method", method, "--best", "1")
+    train_cpo.align(args, data, base, auxiliary)
+    with pytest.raises(ValueError, match="unknown caption 'a ghost'"):
+        train_cpo.method_step(args, data.split("test"), base, auxiliary)(tiny_model(), torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("criteria", [None, ["Color Relations"]])
+def test_sft_keeps_the_pictures_with_the_fewest_negative_attributes(criteria):
+    negative = (DATA.annotations[:, CRITERIA.columns(criteria)] < 0).sum(1)
+    most = np.sort(negative)[5]                                   # of the best tenth of 60
+    assert (negative > most).sum() > 20
+    data = replace(DATA, captions=[c if n <= most else "a ghost" for c, n in zip(DATA.captions, negative)])
+    args = cpo_arguments("--method", "sft", "--best", "0.1", *(["--criteria", *criteria] if criteria else []))
+    for seed in range(3):
+        train_cpo.method_step(args, data, None, None)(tiny_model(), torch.Generator().manual_seed(seed))
+
+
 def test_first_cpo_step_has_loss_log_2_and_a_gradient():
     base, auxiliary = tiny_model().frozen_copy(), tiny_model(seed=5).frozen_copy()
     target = base.frozen_copy().requires_grad_(True)
