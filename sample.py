@@ -43,11 +43,9 @@ def main(argv=None):
         raise ValueError(f"--judge: the critic has no measure for {', '.join(unmeasured(criteria, model.captions))}; leave it out")
     good, bad = ([leaf.name for leaf in criteria.leaves] if words == ["all"] else words for words in (args.positive, args.negative))
     captions = [c for c in args.caption or model.captions for _ in range(args.count)]
-    if args.guidance == 1:                                                # one prompt carries both sides
-        prompts, away = [criteria.prompt(c, criteria.annotation(good, bad)) for c in captions], None
-    else:
-        prompts = [criteria.prompt(c, criteria.annotation(good)) for c in captions]
-        away = [criteria.prompt(c, criteria.annotation((), bad)) for c in captions]
+    beside = bad if args.guidance == 1 else []                            # without guidance one prompt carries both sides
+    prompts = [criteria.prompt(c, criteria.annotation(good, beside)) for c in captions]
+    away = [criteria.prompt(c, criteria.annotation((), bad)) for c in captions]
     images = to_images(model.sample(prompts, away, args.guidance, args.steps, args.eta, args.seed))
     labels = list(captions)
     if args.judge:

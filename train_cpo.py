@@ -58,7 +58,7 @@ def add_cpo_arguments(parser):
                         "7.5")
 
 
-def branch_defaults(args):
+def strength_and_beta(args):
     """(--strength, --beta), or their defaults for CPO, which are others for a branch alone: the target ends at z_win (E12), and
     a small beta leaves the mean over the contexts, which it cannot see, unweighted (E19; docs/results/decoupling.md)."""
     defaults = (0.0, 1.0) if args.criteria else (0.55, None)
@@ -98,7 +98,7 @@ def cpo_step(args, data, reference, auxiliary, columns):
     """The loss of one CPO step: one noised batch, four predictions (E2).
 
     Method esd (2303.07345): plain regression to the target guided at scale 1 / (1 - k), where `constant` ends (E17)."""
-    strength, beta = branch_defaults(args)
+    strength, beta = strength_and_beta(args)
 
     def loss_step(target, generator):
         batch = draw(data, args.batch, generator)
@@ -106,13 +106,13 @@ def cpo_step(args, data, reference, auxiliary, columns):
         xt, t, _, _ = noised(target, batch.images, generator, t)
         plain = target.text.tokens([data.criteria.prompt(caption) for caption in batch.captions])
         win, lose = preference_prompts(data.criteria, batch, columns, args.pairs)
-        with torch.no_grad():
-            eps_ref = reference(xt, t, plain)
-            # both in one batch: their small difference must not be one of kernels
+        with torch.no_grad():                                             # both in one batch: their small difference must not be one of kernels
             z_win, z_lose = auxiliary(torch.cat([xt, xt]), torch.cat([t, t]), win + lose).chunk(2)
         eps = target(xt, t, plain)
         if args.method == "esd":
             return *sft_loss(eps, guide(z_win, z_lose, 1 / (1 - strength))), t
+        with torch.no_grad():
+            eps_ref = reference(xt, t, plain)
         return *cpo_loss(eps, eps_ref, z_win, z_lose, beta, args.stabilizer or "constant", strength), t
     return loss_step
 
@@ -120,7 +120,7 @@ def cpo_step(args, data, reference, auxiliary, columns):
 def dpo_step(args, data, reference, columns):
     """The loss of one Diffusion-DPO step (E8): pairs of pictures with one caption, fewer against more negative attributes."""
     rule, beta = args.stabilizer or "none", 200.0 if args.beta is None else args.beta
-    strength = branch_defaults(args)[0]
+    strength = strength_and_beta(args)[0]
     badness = (data.annotations[:, columns] < 0).sum(1)
     groups = {caption: np.flatnonzero(np.array(data.captions) == caption) for caption in set(data.captions)}
 
@@ -162,7 +162,7 @@ def method_step(args, data, reference, auxiliary):
     return cpo_step(args, data, reference, auxiliary, columns)
 
 
-def stage_2(args, auxiliary):
+def ingredients(args, auxiliary):
     """What decides, beside data and base, what stage 2 makes, {name: value}: its flags, and a digest of the auxiliary if --method asks it."""
     flags = ("method", "stabilizer", "strength", "beta", "pairs", "criteria", "best", "lean")
     painting = ("paint", "sampling_steps") if args.criteria and args.paint else ()
@@ -174,8 +174,8 @@ def align(args, data, base, auxiliary, watch=None):
     """Train OUT/NAME.pt from the base model; returns (the aligned model, frozen; the last log line). watch: see run_stage."""
     target = base.frozen_copy().requires_grad_(True)                      # its own weights: base stays the reference
     step = method_step(args, data.split("train"), base, auxiliary)
-    made_of = {"data": identity(args, data), "base": fingerprint(base)} | stage_2(args, auxiliary)
-    return run_stage(args, target, step, args.name, args.steps, args.lr, made_of=made_of, watch=watch)
+    made_of = {"data": identity(args, data), "base": fingerprint(base)} | ingredients(args, auxiliary)
+    return run_stage(args, target, step, args.name, args.steps, args.lr, made_of, watch=watch)
 
 
 def report(args, base, auxiliary, target, seconds):
@@ -215,13 +215,14 @@ def main(argv=None):
     args = finetune.parse(parser, argv, finetune.TRAINING)
     if not re.fullmatch(r"[\w.-]{1,99}", args.name) or re.fullmatch(r"base|auxiliary(_\w+)?|rows", args.name.lower()):
         parser.error(f"--name '{args.name}' is no name for files, or is taken by stage 1 and the report; choose another")
-    if args.method in ("cpo", "esd") and args.stabilizer in (None, "constant") and args.strength is not None and args.strength >= 1:
+    constant = args.method == "esd" or args.method == "cpo" and args.stabilizer in (None, "constant")
+    if constant and args.strength is not None and args.strength >= 1:
         parser.error(f"--strength {args.strength:g}: 'constant' needs less than 1; at 1 it is 'none' and has no limit (E12)")
     if args.samples == 1:
         parser.error("--samples 1: an interval needs two pictures at least; 0 leaves the report out")
     if args.weights:
         data, base = finetune.start(args)
-        return finetune.align(args, data, base, sft_step(args, data.split("train"), attribute_prompts), method_step, stage_2)
+        return finetune.align(args, data, base, sft_step(args, data.split("train"), attribute_prompts), method_step, ingredients)
     start = time.time()
     data = load_data(args)
     data.criteria.columns(args.criteria)                                  # a wrong name is said before the training, not after

@@ -20,7 +20,7 @@ from nanocpo.grid import save_grid
 from nanocpo.losses import sft_loss
 from nanocpo.model import Model, fingerprint, load_checkpoint, load_model
 from nanocpo.sd import finetune
-from nanocpo.train import PAINTED, Recipe, add_common_arguments, draw, drop_caption, finished, fit, load_data, noised
+from nanocpo.train import REGIMES, Recipe, add_common_arguments, draw, drop_caption, finished, fit, load_data, noised
 
 
 def add_sft_arguments(parser):
@@ -65,17 +65,17 @@ def train_base(args, data, device):
     torch.manual_seed(args.seed)
     model = Model(data.criteria, sorted(set(data.captions))).to(device)
     return run_stage(args, model, sft_step(args, data.split("train"), caption_prompts), "base", args.base_steps, args.base_lr,
-                     made_of={"data": identity(args, data)})
+                     {"data": identity(args, data)})
 
 
 def train_auxiliary(args, data, base):
     """A copy of the base model, tuned on captions with attributes -> OUT/auxiliary.pt."""
     model = base.frozen_copy().requires_grad_(True)
     return run_stage(args, model, sft_step(args, data.split("train"), attribute_prompts), "auxiliary", args.sft_steps, args.sft_lr,
-                     kinds=("plain", "positive", "negative"), made_of={"data": identity(args, data), "base": fingerprint(base)})
+                     {"data": identity(args, data), "base": fingerprint(base)}, kinds=("plain", "positive", "negative"))
 
 
-def run_stage(args, model, loss_step, name, steps, lr, kinds=("plain",), made_of=None, watch=None):
+def run_stage(args, model, loss_step, name, steps, lr, made_of, kinds=("plain",), watch=None):
     """fit() with the script's flags, and a grid every so often: a row for each kind of prompt, always the same noise.
     made_of: digests of the data and models that went into it, and the stage's own flags (fit's `run`).
     watch(averaged model, step) is called instead of the grid, if given."""
@@ -94,7 +94,7 @@ def run_stage(args, model, loss_step, name, steps, lr, kinds=("plain",), made_of
 
 def identity(args, data):
     """What says that data are the same: painted ones are, of any seed and number, if they are flawed or mixed alike."""
-    return args.data if args.data in PAINTED else data.digest()
+    return args.data if args.data in REGIMES else data.digest()
 
 
 def ensure_models(args, data):
@@ -110,7 +110,8 @@ def ensure_models(args, data):
                              "or delete the file")
         wrong = [key for key, value in made_of.items() if run.get(key, value) != value]
         if wrong:
-            raise ValueError(f"{path} was made with another {' and another '.join(wrong)} than this run's; choose another --out, or delete the file")
+            raise ValueError(f"{path} was made with another {' and another '.join(wrong)} than this run's; choose another --out, or delete "
+                             "the file")
         other = ", ".join(f"{key} {run.get(key)}, not {value}" for key, value in flags.items() if run.get(key, value) != value)
         if other:
             print(f"{path} is used as it is ({other}); delete it to train another")

@@ -26,12 +26,13 @@ def pick_device(name):
 
 
 def command(main):
-    """Run a script's main(). An error that this package raises for its user to mend (ValueError or one made of it), or that a file system
-    or a diverging training does, is told in one line and ends with status 1. `python -X dev` shows where it arose; bugs always do."""
+    """Run a script's main(). An error that its user can mend (ValueError or one that this package made of it), or that a file system or a
+    diverging training raises, is told in one line and ends with status 1; `python -X dev` shows where it arose, as all other errors do."""
     try:
         main()
     except (ValueError, OSError, FloatingPointError) as error:
-        own = type(error).__module__.startswith("nanocpo.") or type(error) is ValueError           # not JSON's, Unicode's, numpy's
+        # not JSON's or Unicode's ValueError; a file that is run with python -m is called __main__
+        own = type(error) is ValueError or type(error).__module__.split(".")[0] in ("nanocpo", "__main__")
         if sys.flags.dev_mode or not (own or isinstance(error, (OSError, FloatingPointError))):
             raise
         sys.exit(f"error: {error}")

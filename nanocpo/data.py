@@ -100,7 +100,7 @@ def to_images(tensor):
 def from_painter(criteria=None, count=10000, regime="flawed", judged=0.9, seed=0):
     """Paint `count` pictures. regime "flawed": at least a third of the leaves of each is judged negative, so that no
     masterpiece exists to imitate; "mixed": independent states; "positive": all states positive (to compare with).
-    judged: the share of leaves that the expert judged (METHOD: non-equilibrium; the share is ours)."""
+    judged: the share of leaves that the expert judged (each picture activates its own subset, 2601.04300; the share is ours)."""
     criteria = criteria or Criteria.load()
     names = [leaf.name for leaf in criteria.leaves]
     if regime not in ("flawed", "mixed", "positive"):
@@ -173,7 +173,7 @@ def open_picture(path, shape):
     except FileNotFoundError as error:
         raise DataError(f"{path} does not exist; correct file_name or add the picture") from error
     except Exception as error:                                    # a damaged file can raise nearly anything in Pillow
-        raise DataError(f"{path} cannot be read as a picture ({error}); save it again as PNG or JPEG") from error
+        raise DataError(f"{path} cannot be read as a picture ({error}); save it again as an RGB PNG or JPEG") from error
 
 
 def _read_line(folder, line, criteria, picture):

@@ -68,7 +68,7 @@ def measure_row(images, captions, criteria, real):
 
 @cache
 def real_positive(criteria, count, seed=0):
-    """Held-out paintings with every leaf positive, balanced over the captions: (row, Verdicts). Never trained on."""
+    """Held-out paintings with every leaf positive, of random captions: (row, Verdicts). Never trained on."""
     data = from_painter(criteria, count, "positive", seed=10 ** 6 + seed)
     verdicts = judge(data.images, criteria)
     return measure_row(data.images, data.captions, criteria, verdicts), verdicts

@@ -49,8 +49,8 @@ class Model(nn.Module):
     def __init__(self, criteria, captions, unet=None, text_dim=64, block=2, size=32, schedule="cosine", prediction="v"):
         super().__init__()
         unet = unet or UNetConfig()
-        self.criteria = criteria
-        self.config = dict(captions=list(captions), unet=asdict(unet), text_dim=text_dim, block=block, size=size,
+        self.criteria, self.captions = criteria, list(dict.fromkeys(captions))
+        self.config = dict(captions=self.captions, unet=asdict(unet), text_dim=text_dim, block=block, size=size,
                            schedule=schedule, prediction=prediction)
         self.latents, self.diffusion = SpaceToDepth(block), Diffusion(schedule, prediction)
         self.text, self.unet = TextEncoder(criteria, captions, text_dim), UNet(unet)
@@ -58,11 +58,6 @@ class Model(nn.Module):
     @property
     def device(self):
         return self.unet.conv_in.weight.device
-
-    @property
-    def captions(self):
-        """The captions that it was built for, without the empty one."""
-        return list(self.text.captions)[1:]
 
     def forward(self, xt, t, prompts):
         """xt (B, C, H, W), t (B,), prompts: B Prompts or their tokens (B, 1 + leaves) -> (B, C, H, W)."""

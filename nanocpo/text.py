@@ -13,9 +13,7 @@ class TextEncoder(nn.Module):
     def __init__(self, criteria, captions, dim):
         super().__init__()
         self.captions = {caption: i for i, caption in enumerate(dict.fromkeys(["", *captions]))}
-        self.side = {}                                                    # phrase -> (leaf index, 1 positive | 2 negative)
-        for i, leaf in enumerate(criteria.leaves):
-            self.side |= {leaf.positive: (i, 1), leaf.negative: (i, 2)}
+        self.criteria = criteria
         nodes = [node.path for node in criteria.tree.walk() if node.path]
         on_path = [[leaf.path == path or leaf.path.startswith(path + "/") for path in nodes] for leaf in criteria.leaves]
         self.register_buffer("on_path", torch.tensor(on_path, dtype=torch.float32), persistent=False)      # (leaves, nodes)
@@ -24,20 +22,14 @@ class TextEncoder(nn.Module):
         self.norm = nn.LayerNorm(dim)
 
     def tokens(self, prompts):
-        """list of B Prompts -> int64 (B, 1 + leaves): the caption's number, then each leaf's state 0, 1, 2.
-        Raises ValueError on a caption or phrase that the model was not built for."""
+        """list of B Prompts -> int64 (B, 1 + leaves): the caption's number, then each leaf's state 0, 1, 2 (negative).
+        Raises ValueError on a caption, CriteriaError on a phrase, that the model was not built for."""
         rows = []
         for prompt in prompts:
             if prompt.caption not in self.captions:
                 raise ValueError(f"unknown caption '{prompt.caption}'; this model knows: {', '.join(filter(None, self.captions))}")
-            row = [self.captions[prompt.caption]] + [0] * len(self.on_path)
-            for phrase, side in [(p, 1) for p in prompt.positive] + [(n, 2) for n in prompt.negative]:
-                leaf, meant = self.side.get(phrase, (None, None))
-                if meant != side:
-                    raise ValueError(f"'{phrase}' is no {('positive', 'negative')[side - 1]} phrase of this model's criteria; "
-                                     f"it knows: {', '.join(phrase for phrase, s in self.side.items() if s[1] == side)}")
-                row[1 + leaf] = side
-            rows.append(row)
+            states = self.criteria.annotation(prompt.positive, prompt.negative)
+            rows.append([self.captions[prompt.caption], *(states % 3).tolist()])              # -1 is row 2 of the embeddings
         return torch.tensor(rows, device=self.on_path.device)
 
     def forward(self, tokens):

@@ -14,13 +14,13 @@ from .data import from_folder, from_painter
 from .model import load_checkpoint, save_atomic
 from .muon import Muon
 
-PAINTED = "flawed", "mixed"               # what --data can be beside a folder
+REGIMES = "flawed", "mixed"               # what --data can be beside a folder
 BINS = 10                                   # timestep bins of the log: a loss averaged over t hides everything
 
 
 @dataclass
 class Recipe:
-    """How a stage is optimised. The values are ours; each script states its own."""
+    """How a stage is optimised (the values are ours; steps and learning rate are flags of the scripts)."""
     steps: int
     lr: float                               # of AdamW's part; Muon's part takes ten times as much
     warmup: int = 50                        # steps of linear warm-up
@@ -58,7 +58,7 @@ def add_common_arguments(parser):
 def load_data(args):
     """The data that the flags ask for, as Paintings. Raises ValueError (or its DataError, CriteriaError) with the cure."""
     criteria = Criteria.load(args.tree) if args.tree else None
-    if args.data in PAINTED:
+    if args.data in REGIMES:
         return from_painter(criteria, args.count, args.data, seed=args.seed)
     return from_folder(args.data, criteria, skip_bad=args.skip_bad)
 
@@ -82,8 +82,9 @@ def fit(model, loss_step, recipe, path, *, name, seed=0, bf16=False, resume=Fals
         was = state.get("run", {}) | {"model": state["config"], "tree": state["criteria"]}
         now = run | {"model": model.config, "tree": model.criteria.to_dict()}
         if was != now:
-            raise ValueError(f"{path} belongs to another run ({', '.join(sorted(k for k in was | now if was.get(k) != now.get(k)))}); resume with "
-                             "the same flags and data, or choose another --out or --name")
+            different = sorted(key for key in was | now if was.get(key) != now.get(key))
+            raise ValueError(f"{path} belongs to another run ({', '.join(different)}); resume with the same flags and data, or choose "
+                             "another --out or --name")
         model.load_state_dict(state["model"])
         average.load_state_dict(state["ema"])
         optimizer.load_state_dict(state["optimizer"])
@@ -95,7 +96,8 @@ def fit(model, loss_step, recipe, path, *, name, seed=0, bf16=False, resume=Fals
     path.parent.mkdir(parents=True, exist_ok=True)
     log_file.write_text("".join(line + "\n" for line in lines))
 
-    window, start, line = [], time.time(), json.loads(lines[-1]) if lines else {}
+    window, line = [], json.loads(lines[-1]) if lines else {}
+    start = time.time() - line.get("seconds", 0)                          # a resumed run counts on
     log_every = max(1, min(20, recipe.steps // 10))
     model.train()
     bar = tqdm(range(first, recipe.steps), desc=name, initial=first, total=recipe.steps, mininterval=2)
@@ -160,7 +162,8 @@ def draw_t(count, steps, generator, lean=0.7):
 
 def noised(model, images, generator, t=None, noise=None):
     """Encode a batch and noise it: (xt, t, noise, goal). Random numbers come from the CPU, so a seed means the same on every device."""
-    x0 = model.latents.encode(images.to(model.device))
+    with torch.autocast(model.device.type, enabled=False):                # --bf16 is for the models: it would round picture and schedule
+        x0 = model.latents.encode(images.to(model.device))
     t = draw_t(len(x0), model.diffusion.steps, generator) if t is None else t
     noise = torch.randn(x0.shape, generator=generator) if noise is None else noise
     t, noise = t.to(model.device), noise.to(model.device)

@@ -15,7 +15,7 @@ from torch import nn
 @dataclass
 class UNetConfig:
     """Every number that shapes the network. The defaults are the toy's (ours); SD 1.5 is channels (320, 640, 1280, 1280),
-    depth (1, 1, 1, 0), heads (8, 8, 8, 8), layers 2, context_dim 768, 4 channels in and out."""
+    depth (1, 1, 1, 0), heads (8, 8, 8, 8), layers 2, context_dim 768, no vector_dim, 32 groups, 4 channels in and out."""
     in_channels: int = 12
     out_channels: int = 12
     channels: tuple = (32, 64, 128)     # width of each level; every level but the last halves the size
@@ -23,10 +23,10 @@ class UNetConfig:
     mid_depth: int = 1
     heads: tuple = (4, 4, 4)
     layers: int = 1                     # residual blocks of a level (one more on the way up)
-    context_dim: int | None = 64        # width of the prompt's tokens; None: no cross-attention
+    context_dim: int = 64               # width of the prompt's tokens
     vector_dim: int | None = 64         # width of the pooled prompt that joins the time embedding (as in SDXL); None: none
     size_dim: int | None = None         # SDXL: width of the sinusoid of each of the six size numbers inside that vector
-    groups: int = 8                     # of every GroupNorm; Stable Diffusion: 32
+    groups: int = 8                     # of every GroupNorm
     dropout: float = 0.0
 
 
@@ -104,15 +104,13 @@ class TransformerBlock(nn.Module):
     def __init__(self, dim, heads, context_dim, dropout):
         super().__init__()
         self.norm1, self.attn1 = nn.LayerNorm(dim), Attention(dim, heads, dropout=dropout)
-        if context_dim:
-            self.norm2, self.attn2 = nn.LayerNorm(dim), Attention(dim, heads, context_dim, dropout)
+        self.norm2, self.attn2 = nn.LayerNorm(dim), Attention(dim, heads, context_dim, dropout)
         self.norm3 = nn.LayerNorm(dim)                                               # its names: ff.net.0.proj, ff.net.2
         self.ff = nn.ModuleDict({"net": nn.Sequential(GEGLU(dim, 4 * dim), nn.Dropout(dropout), nn.Linear(4 * dim, dim))})
 
     def forward(self, x, context):
         x = x + self.attn1(self.norm1(x))
-        if hasattr(self, "attn2"):
-            x = x + self.attn2(self.norm2(x), context)
+        x = x + self.attn2(self.norm2(x), context)
         return x + self.ff.net(self.norm3(x))
 
 
@@ -133,26 +131,16 @@ class SpatialTransformer(nn.Module):
         return x + rearrange(self.proj_out(tokens), "b (h w) c -> b c h w", h=x.shape[2])
 
 
-class Downsample(nn.Module):
-    """Half the size: a 3x3 convolution with stride 2."""
+class Resize(nn.Module):
+    """A 3x3 convolution: with stride 2 down to half the size, or behind nearest neighbours up to `size`, that of the next skip (so that
+    odd sizes work)."""
 
-    def __init__(self, dim):
+    def __init__(self, dim, stride):
         super().__init__()
-        self.conv = nn.Conv2d(dim, dim, 3, stride=2, padding=1)
+        self.conv = nn.Conv2d(dim, dim, 3, stride, padding=1)
 
-    def forward(self, x):
-        return self.conv(x)
-
-
-class Upsample(nn.Module):
-    """Nearest neighbour to the size of the next skip (so that odd sizes work), then a 3x3 convolution."""
-
-    def __init__(self, dim):
-        super().__init__()
-        self.conv = nn.Conv2d(dim, dim, 3, padding=1)
-
-    def forward(self, x, size):
-        return self.conv(F.interpolate(x, size=size, mode="nearest"))
+    def forward(self, x, size=None):
+        return self.conv(F.interpolate(x, size=size, mode="nearest") if size else x)
 
 
 class Level(nn.Module):
@@ -163,8 +151,8 @@ class Level(nn.Module):
         self.resnets = nn.ModuleList(ResBlock(c, width, time_dim, config.groups, config.dropout) for c in widths_in)
         self.attentions = nn.ModuleList(SpatialTransformer(width, heads, depth, config) for _ in range(count if depth else 0))
         if resize:
-            name, kind = resize
-            setattr(self, name, nn.ModuleList([kind(width)]))
+            name, stride = resize
+            setattr(self, name, nn.ModuleList([Resize(width, stride)]))
 
     def step(self, i, x, time, context):
         """Residual block i and the transformer behind it."""
@@ -191,7 +179,7 @@ class UNet(nn.Module):
         self.down_blocks, self.up_blocks = nn.ModuleList(), nn.ModuleList()
         for i, c in enumerate(channels):
             self.down_blocks.append(level([width] + [c] * (config.layers - 1), i,
-                                          ("downsamplers", Downsample) if i < last else None))
+                                          ("downsamplers", 2) if i < last else None))
             width = c
             skips += [c] * (config.layers + (i < last))
         self.mid_block = Level([width] * 2, width, config.heads[-1], config.mid_depth, 1, time_dim, config)
@@ -200,7 +188,7 @@ class UNet(nn.Module):
             for _ in range(config.layers + 1):
                 widths_in.append(width + skips.pop())                                # each block reads [x, skip]
                 width = channels[i]
-            self.up_blocks.append(level(widths_in, i, ("upsamplers", Upsample) if i > 0 else None))
+            self.up_blocks.append(level(widths_in, i, ("upsamplers", 1) if i > 0 else None))
         self.conv_norm_out = nn.GroupNorm(config.groups, channels[0], 1e-5)
         self.conv_out = nn.Conv2d(channels[0], config.out_channels, 3, padding=1)
 

@@ -1,5 +1,8 @@
 """The data: what the painter's regimes hold, that a folder gives back what was written, and what a broken folder is told."""
 import json
+import re
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -293,6 +296,8 @@ def test_an_export_never_overwrites_a_folder_of_annotations(tmp_path):
     with pytest.raises(DataError, match="metadata.jsonl exists and may be work of yours"):
         main(["--out", str(folder), "--count", "1"])
     assert (folder / "metadata.jsonl").read_bytes() == before and not (folder / "000000.png").exists()
+    shell = subprocess.run([sys.executable, "-m", "nanocpo.data", "--out", folder, "--count", "1"], capture_output=True, text=True)
+    assert shell.returncode == 1 and re.fullmatch("error: .*metadata.jsonl exists .*\n", shell.stderr)       # one line, no traceback
 
 
 def test_huge_picture_is_refused(tmp_path, monkeypatch):

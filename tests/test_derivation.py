@@ -244,21 +244,21 @@ TINY = UNetConfig(channels=(16, 32), depth=(0, 1), heads=(2, 2), groups=8, conte
 
 
 def one_step(*flags):
-    """Loss, logs and the predictions eps, eps_ref, z_win, z_lose of one stage-2 step between three different tiny models."""
+    """Loss, logs and the predictions eps, eps_ref (None if it was not asked), z_win, z_lose of one stage-2 step between three tiny models."""
     parser = argparse.ArgumentParser()
     for add in (train_cpo.add_common_arguments, train_cpo.add_sft_arguments, train_cpo.add_cpo_arguments):
         add(parser)
     args = parser.parse_args(["--batch", "8", *flags])
-    models, seen = [], []
-    for seed in range(3):                                         # called in this order: reference, auxiliary, target
+    models, seen = [], {}
+    for seed in range(3):
         torch.manual_seed(seed)
         models.append(Model(DATA.criteria, sorted(set(DATA.captions)), TINY, text_dim=16).frozen_copy())
         torch.nn.init.normal_(models[-1].unet.conv_out.weight, std=0.1)                  # it starts at 0, where all models agree
-        models[-1].register_forward_hook(lambda module, arguments, output: seen.append(output.double()))
+        models[-1].register_forward_hook(lambda module, arguments, output: seen.update({module: output.double()}))
     reference, auxiliary, target = models
     step = train_cpo.cpo_step(args, DATA, reference, auxiliary, list(range(len(DATA.criteria))))
     loss, logs, _ = step(target, torch.Generator().manual_seed(0))
-    return loss, logs, seen[2], seen[0], *seen[1].chunk(2)
+    return loss, logs, seen[target], seen.get(reference), *seen[auxiliary].chunk(2)
 
 
 def test_esd_is_regression_to_the_limit_of_constant():

@@ -414,9 +414,10 @@ def test_flags_that_do_not_go_together(world, tmp_path):
     common = flags(world, tmp_path)
     for more, words in ((["--dtype", "float16"], "is for sampling"),
                         (["--method", "dpo"], "pairs of pictures"), (["--paint", "8"], "folder's own pictures"),
-                        (["--data", "flawed"], "folder with pictures"),
+                        (["--data", "flawed"], "folder with pictures"), (["--criteria", "Colour"], "no dimension 'Colour'"),
                         (["--lora", "nowhere.safetensors"], "nowhere.safetensors: not found")):
         with pytest.raises(ValueError, match=words):
             train_cpo.main(common + more)
+    assert not list(tmp_path.rglob("auxiliary*"))                 # nothing was trained before
     with pytest.raises(ValueError, match="nowhere: not found"):
         train_sft.main(["--weights", "nowhere"])

@@ -74,12 +74,14 @@ def test_resumed_run_equals_uninterrupted_run(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         fit(tiny_model(), stops, Recipe(12, 1e-3), tmp_path / "cut.pt", name="x", save_every=7)
     assert not finished(tmp_path / "cut.pt")
+    log = tmp_path / "cut.jsonl"
+    log.write_text(log.read_text().replace('"seconds": ', '"seconds": 1000'))        # as if it had taken longer
     model = tiny_model(seed=99)                                   # everything must come from the file, not from this start
     again = fit(model, sft_step, Recipe(12, 1e-3), tmp_path / "cut.pt", name="x", resume=True, save_every=7)[0]
     assert same(whole, again) and finished(tmp_path / "cut.pt")
     logs = [[json.loads(line) for line in (tmp_path / f"{name}.jsonl").read_text().splitlines()] for name in ("whole", "cut")]
     assert [line["step"] for line in logs[0]] == [line["step"] for line in logs[1]] == list(range(1, 13))
-    assert logs[0][-1]["loss"] == logs[1][-1]["loss"]
+    assert logs[0][-1]["loss"] == logs[1][-1]["loss"] and logs[1][-1]["seconds"] >= 1000           # they are counted on
     with pytest.raises(ValueError, match="cut.pt belongs to another run .steps.; resume"):
         fit(tiny_model(), sft_step, Recipe(13, 1e-3), tmp_path / "cut.pt", name="x", resume=True)
 
@@ -199,6 +201,13 @@ def test_noised_draws_t_over_the_whole_range_and_uses_what_it_is_given():
     torch.testing.assert_close(model.diffusion.x0_and_eps(goal, xt, t)[0], x0, rtol=0, atol=1e-5)
 
 
+def test_bfloat16_is_for_the_models_and_not_for_the_noised_pictures():
+    once = lambda: noised(tiny_model(), DATA.batch(range(8)).images, torch.Generator().manual_seed(0))
+    with torch.autocast("cpu", torch.bfloat16):
+        low = once()
+    assert all(a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(low, once(), strict=True))
+
+
 def test_captions_are_dropped_with_the_stated_probability():
     dropped = drop_caption(["a boat"] * 10000, torch.Generator().manual_seed(0), 0.1)
     assert abs(dropped.count("") / 10000 - 0.1) < 0.01 and set(dropped) == {"", "a boat"}
@@ -231,7 +240,7 @@ def test_what_the_user_can_mend_is_told_in_one_line_and_a_bug_with_its_traceback
 def test_sft_prompts_are_subsets_of_the_annotation_and_every_kind_occurs():
     batch = DATA.batch(np.arange(60).repeat(20))
     prompts = train_sft.attribute_prompts(CRITERIA, batch, torch.Generator().manual_seed(0))
-    kinds = {"whole": 0, "part": 0, "only positive": 0, "only negative": 0, "caption only": 0, "nothing": 0}
+    kinds = {"whole": 0, "part": 0, "all positive": 0, "all negative": 0, "caption only": 0, "nothing": 0}
     for prompt, caption, annotation in zip(prompts, batch.captions, batch.annotations):
         full = CRITERIA.prompt(caption, annotation)
         assert set(prompt.positive) <= set(full.positive) and set(prompt.negative) <= set(full.negative)
@@ -239,11 +248,20 @@ def test_sft_prompts_are_subsets_of_the_annotation_and_every_kind_occurs():
         size = len(prompt.positive) + len(prompt.negative)
         kinds["whole"] += size == len(full.positive) + len(full.negative)
         kinds["part"] += 0 < size < len(full.positive) + len(full.negative)
-        kinds["only positive"] += bool(prompt.positive and not prompt.negative)
-        kinds["only negative"] += bool(prompt.negative and not prompt.positive)
+        kinds["all positive"] += prompt.positive == full.positive and not prompt.negative
+        kinds["all negative"] += prompt.negative == full.negative and not prompt.positive
         kinds["caption only"] += size == 0 and prompt.caption != ""
         kinds["nothing"] += size == 0 and prompt.caption == ""
-    assert kinds["whole"] > 120 and all(count >= 8 for count in kinds.values()), kinds
+    # of 1,200: 50 % whole, 20 % a random part, 10 % each all of one side and no attribute at all, a tenth of these without caption
+    assert kinds["whole"] > 540 and all(kinds[side] > 80 for side in ("part", "all positive", "all negative", "caption only")), kinds
+    assert kinds["nothing"] >= 8
+
+
+def test_base_prompts_are_captions_only():
+    batch = DATA.batch(np.arange(60))
+    prompts = train_sft.caption_prompts(CRITERIA, batch, torch.Generator().manual_seed(0))
+    assert not any(prompt.positive or prompt.negative for prompt in prompts)
+    assert 45 < sum(prompt.caption == caption for prompt, caption in zip(prompts, batch.captions)) < 60
 
 
 @pytest.mark.parametrize("pairs, win, lose", [
@@ -322,7 +340,7 @@ def test_a_branch_is_pulled_more_gently_unless_told_otherwise():
     parser = argparse.ArgumentParser()
     train_cpo.add_cpo_arguments(parser)
     flags = ("", "--criteria Tone", "--strength 0 --beta 9", "--criteria Tone --strength 0.9 --beta 2")
-    assert [train_cpo.branch_defaults(parser.parse_args(f.split())) for f in flags] == [(0.55, None), (0, 1), (0, 9), (0.9, 2)]
+    assert [train_cpo.strength_and_beta(parser.parse_args(f.split())) for f in flags] == [(0.55, None), (0, 1), (0, 9), (0.9, 2)]
 
 
 def test_a_branch_is_learned_at_pictures_that_are_right_in_it(monkeypatch):
@@ -500,6 +518,7 @@ def test_a_report_is_only_written_of_the_painters_kind_of_picture(tmp_path):
 @pytest.mark.parametrize("flags, words", [
     ("--name base", "name 'base'"), ("--name ./base", "no name for files"), ("--name Auxiliary_guided", "is taken by"),
     ("--strength 1", "'constant' needs less than 1"), ("--method esd --strength 2", "'constant' needs less than 1"),
+    ("--method esd --stabilizer none --strength 1", "'constant' needs less than 1"),
     ("--samples 1", "two pictures"), ("--steps 0", "--steps: must be above 0, not 0"), ("--beta -1", "--beta: must be above 0"),
     ("--lr x", "--lr: invalid float value"), ("--batch 0", "--batch: must be above 0"), ("--seed -1", "--seed: must be above -1"),
     ("--lora x.safetensors", "--lora needs --weights"), ("--device nonsense", "--device: torch cannot use nonsense")])

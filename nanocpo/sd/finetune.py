@@ -151,7 +151,7 @@ def accumulated(loss_step, count):
     return step
 
 
-def train(args, data, base, loss_step, name, steps, lr, made_of=None):
+def train(args, data, base, loss_step, name, steps, lr, made_of=()):
     """Train a new adapter on the base -> OUT/NAME.pt (to resume) and OUT/NAME.safetensors, kohya's layout in NAME_kohya.safetensors;
     returns (the averaged model, frozen; the last log line). made_of: what of this stage must be the same to resume it (fit's `run`)."""
     out, model = Path(args.out), base.with_adapter(args.rank, args.seed)
@@ -166,7 +166,7 @@ def train(args, data, base, loss_step, name, steps, lr, made_of=None):
            "batch": args.batch, "accumulate": args.accumulate}
     average, line = fit(model, accumulated(loss_step, args.accumulate), Recipe(steps, lr), out / f"{name}.pt",
                         name=name, seed=args.seed, resume=args.resume, save_every=args.save_every, pictures=pictures,
-                        sample_every=args.sample_every, run=run | (made_of or {}))
+                        sample_every=args.sample_every, run=run | dict(made_of))
     lora.save(average.adapter, out / f"{name}.safetensors")
     lora.save(average.adapter, out / f"{name}_kohya.safetensors", "kohya")
     print(f"{out / name}.safetensors written")
@@ -194,18 +194,19 @@ def ensure_auxiliary(args, data, base, loss_step):
     return with_lora(base, path)
 
 
-def align(args, data, base, sft_step, method_step, stage_2):
+def align(args, data, base, sft_step, method_step, ingredients):
     """Stage 2: the target, an adapter beside the auxiliary's, and what can be said of it without a critic (report.py); returns that
     report, or the last log line with --samples 0. sft_step and method_step(args, data, base, auxiliary): the two stages' loss steps;
-    stage_2(args, auxiliary): what decides the second (fit's `run`)."""
+    ingredients(args, auxiliary): what decides the second (fit's `run`)."""
+    columns = data.criteria.columns(args.criteria)                        # a wrong name is said before the training, not after
     needed = args.method != "sft" or args.lora                            # --lora: as the judge of --method sft
     auxiliary = ensure_auxiliary(args, data, base, sft_step) if needed else None
     step = method_step(args, data.split("train"), base, auxiliary)
-    target, line = train(args, data, base, step, args.name, args.steps, args.lr, stage_2(args, auxiliary))
+    target, line = train(args, data, base, step, args.name, args.steps, args.lr, ingredients(args, auxiliary))
     if args.samples == 0:
         return line
     held, evenly = held_out(data), changed(args, method="cpo", lean=1.0)                    # so that every timestep bin is measured
-    return report(args, held, base, auxiliary, target, data.criteria.columns(args.criteria), method_step(evenly, held, base, auxiliary))
+    return report(args, held, base, auxiliary, target, columns, method_step(evenly, held, base, auxiliary))
 
 
 def paint(args):
