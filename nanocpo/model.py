@@ -69,6 +69,11 @@ class Model(nn.Module):
         """A copy that nothing trains: evaluation mode, no gradients."""
         return copy.deepcopy(self).eval().requires_grad_(False)
 
+    def first_noise(self, count, generator):
+        """Noise (count, C, h, w) from the CPU, one picture after the other."""
+        edge = self.config["size"] // self.config["block"]
+        return torch.stack([torch.randn(self.unet.config.in_channels, edge, edge, generator=generator) for _ in range(count)])
+
     @torch.no_grad()
     def sample(self, prompts, negative=None, guidance=1.0, steps=12, eta=0.0, seed=0, batch=128):
         """prompts: N Prompts; negative: N Prompts to guide away from (with guidance != 1) -> images (N, 3, size, size) in [-1, 1].
@@ -77,18 +82,16 @@ class Model(nn.Module):
         was_training, out = self.training, []
         self.eval()
         generator = torch.Generator().manual_seed(seed)
-        edge = self.config["size"] // self.config["block"]
-        noise = torch.stack([torch.randn(self.unet.config.in_channels, edge, edge, generator=generator) for _ in prompts])
+        noise, away = self.first_noise(len(prompts), generator), negative if guidance != 1 else None
         for start in range(0, len(prompts), batch):
-            some = self.text.tokens(prompts[start:start + batch])
-            if guidance != 1 and negative is not None:
-                some = torch.cat([some, self.text.tokens(negative[start:start + batch])])
+            part = slice(start, start + batch)
+            tokens = self.text.tokens([*prompts[part], *away[part]] if away else prompts[part])
 
             def predict(xt, t):
-                if len(some) == len(xt):
-                    return self(xt, t, some)
-                return guide(*self(torch.cat([xt, xt]), torch.cat([t, t]), some).chunk(2), guidance)
-            xt = noise[start:start + batch].to(self.device)
+                if not away:
+                    return self(xt, t, tokens)
+                return guide(*self(torch.cat([xt, xt]), torch.cat([t, t]), tokens).chunk(2), guidance)
+            xt = noise[part].to(self.device)
             latents = self.diffusion.sample(predict, xt, steps, eta, generator, self.latents.clip)
             out.append(self.latents.decode(latents))
         self.train(was_training)

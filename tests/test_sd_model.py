@@ -16,7 +16,7 @@ from nanocpo.data import Batch, DataError, from_painter
 from nanocpo.sd import finetune
 from nanocpo.sd.finetune import LatentPaintings, accumulated, buckets, nearest
 from nanocpo.model import fingerprint, load_model
-from nanocpo.sd.model import Base, Cache, SDModel, windows
+from nanocpo.sd.model import Base, SDModel, cached, windows
 from nanocpo.sd.tokenizer import Tokenizer
 from nanocpo.sd.vae import VAE
 from nanocpo.train import Recipe, fit
@@ -33,12 +33,12 @@ def test_whole_pipelines_equal_diffusers(kind, tmp_path):
     scheduler = diffusers.EulerDiscreteScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", timestep_spacing="leading",
                                                  steps_offset=1) if "euler" in kind else None
     pipe = sd_tiny.pipeline(kind.split()[0], tmp_path, scheduler)
-    model = SDModel(Base(load_parts(tmp_path, dtype=torch.float64)))
+    model = SDModel(Base(load_parts(tmp_path, dtype=torch.float64), size=(56, 40)))
     if hasattr(pipe.scheduler, "final_alpha_cumprod"):                    # float64 there too; Euler casts to float32 inside
         pipe.scheduler.alphas_cumprod, pipe.scheduler.final_alpha_cumprod = model.diffusion.alpha_bar, model.diffusion.alpha_bar[0]
     noise = torch.randn(4, 7, 5, generator=torch.Generator().manual_seed(3))[None].double()
     for negative in (None, "muddy colour, blurred edges"):
-        ours = model.sample(["a boat on the water; good: rich colour"], negative and [negative], guidance=7.5, steps=5, seed=3, size=(56, 40))
+        ours = model.sample(["a boat on the water; good: rich colour"], negative and [negative], guidance=7.5, steps=5, seed=3)
         theirs = pipe(prompt="a boat on the water; good: rich colour", negative_prompt=negative, num_inference_steps=5, guidance_scale=7.5,
                       latents=noise, height=56, width=40, output_type="pt").images
         torch.testing.assert_close((ours / 2 + 0.5).clamp(0, 1), theirs, atol=1e-9 if kind in ("sd1", "sd2") else 2e-6, rtol=0)
@@ -55,9 +55,11 @@ def test_sampling_without_an_oracle(xl):
     guided = model.sample(["a boat", "a tree"], seed=1, steps=3, guidance=4.0)
     assert (guided - images).abs().max() > 1e-3
     assert not torch.equal(model.sample(["a boat", "a tree"], ["a tree", "a boat"], seed=1, steps=3, guidance=4.0), guided)
-    assert model.sample(["a boat"], steps=2, size=(32, 64)).shape == (1, 3, 32, 64)
+    model.base.size = 32, 64
+    assert model.sample(["a boat"], steps=2).shape == (1, 3, 32, 64)
+    model.base.size = 30, 32
     with pytest.raises(ValueError, match="multiple of 8"):
-        model.sample(["a boat"], size=(30, 32))
+        model.sample(["a boat"])
 
 
 def test_xl_empty_prompts_are_zeros_and_sizes_matter():
@@ -243,7 +245,7 @@ def test_fingerprint_sees_every_weight():
 def test_cache_without_a_folder_keeps_nothing():
     made = []
     for _ in range(2):
-        Cache(None).get("x", lambda: made.append(1))
+        cached(None, "x", lambda: made.append(1))
     assert len(made) == 2
 
 

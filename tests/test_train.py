@@ -289,6 +289,14 @@ def test_branch_prompts_share_their_context():
             assert win.caption == lose.caption
 
 
+def test_stage_1_trains_on_the_training_part(tmp_path, monkeypatch):
+    seen, original = [], train_sft.sft_step
+    monkeypatch.setattr(train_sft, "sft_step", lambda args, data, prompts: seen.append(data.digest()) or original(args, data, prompts))
+    args = cpo_arguments("--out", str(tmp_path), "--base-steps", "1", "--sft-steps", "1")
+    train_sft.ensure_models(args, DATA)
+    assert seen == [DATA.split("train").digest()] * 2
+
+
 # ---------------------------------------------------------------- stage 2
 
 @pytest.mark.parametrize("method", ["cpo", "dpo", "sft"])

@@ -1,5 +1,4 @@
 """The text encoders: CLIP's (2103.00020) ViT-L and OpenCLIP's H and bigG, by configuration. Names are transformers', without `text_model.`"""
-from collections import OrderedDict
 from dataclasses import dataclass
 
 import torch
@@ -22,40 +21,23 @@ class CLIPConfig:
     projection: int | None = None           # width of the pooled output's projection; None: there is none
 
 
-class QuickGELU(nn.Module):
-    """ViT-L's approximation of GELU."""
-
-    def forward(self, x):
-        return x * torch.sigmoid(1.702 * x)
-
-
-class SelfAttention(nn.Module):
-    """Causal self-attention: a token sees what stands before it, padding included."""
-
-    def __init__(self, config):
-        super().__init__()
-        self.heads = config.heads
-        self.q_proj, self.k_proj, self.v_proj, self.out_proj = (nn.Linear(config.width, config.width) for _ in range(4))
-
-    def forward(self, x):
-        q, k, v = (rearrange(proj(x), "b n (h d) -> b h n d", h=self.heads) for proj in (self.q_proj, self.k_proj, self.v_proj))
-        return self.out_proj(rearrange(F.scaled_dot_product_attention(q, k, v, is_causal=True), "b h n d -> b n (h d)"))
-
-
 class Layer(nn.Module):
-    """Attention and two linear layers, each behind a norm and added to what it reads."""
+    """Causal attention (a token sees what stands before it, padding included) and two linear layers; each is added to what it reads."""
 
     def __init__(self, config):
         super().__init__()
+        self.heads, self.quick = config.heads, config.activation == "quick_gelu"
         self.layer_norm1, self.layer_norm2 = nn.LayerNorm(config.width), nn.LayerNorm(config.width)
-        self.self_attn = SelfAttention(config)
-        self.mlp = nn.Sequential(OrderedDict(fc1=nn.Linear(config.width, config.hidden),
-                                             act=QuickGELU() if config.activation == "quick_gelu" else nn.GELU(),
-                                             fc2=nn.Linear(config.hidden, config.width)))
+        self.self_attn = nn.ModuleDict({f"{part}_proj": nn.Linear(config.width, config.width) for part in ("q", "k", "v", "out")})
+        self.mlp = nn.ModuleDict({"fc1": nn.Linear(config.width, config.hidden), "fc2": nn.Linear(config.hidden, config.width)})
 
     def forward(self, x):
-        x = x + self.self_attn(self.layer_norm1(x))
-        return x + self.mlp(self.layer_norm2(x))
+        h = self.layer_norm1(x)
+        q, k, v = (rearrange(self.self_attn[f"{part}_proj"](h), "b n (h d) -> b h n d", h=self.heads) for part in "qkv")
+        h = rearrange(F.scaled_dot_product_attention(q, k, v, is_causal=True), "b h n d -> b n (h d)")
+        x = x + self.self_attn["out_proj"](h)
+        h = self.mlp["fc1"](self.layer_norm2(x))
+        return x + self.mlp["fc2"](h * torch.sigmoid(1.702 * h) if self.quick else F.gelu(h))       # ViT-L's approximation of GELU
 
 
 class CLIP(nn.Module):

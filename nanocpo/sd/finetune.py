@@ -20,7 +20,7 @@ from ..grid import save_grid
 from ..model import fingerprint
 from ..train import Recipe, changed, fit
 from .files import WeightsError
-from .model import Base, Cache, SDModel
+from .model import Base, SDModel, cached
 from .report import held_out, report
 from .weights import load_parts
 
@@ -101,24 +101,21 @@ def load_latents(args, base):
     """The folder --data as LatentPaintings. The cache's key holds the VAE's weights, the picture's bytes and its size."""
     if not Path(args.data).is_dir():
         raise ValueError(f"--data {args.data}: with --weights it is a folder with pictures and metadata.jsonl")
-    sizes, vae, cache = buckets(args.resolution, args.bucket_step), base.latents, Cache(base.text.cache.folder)
-    key, bar = f"{vae.config} {fingerprint(vae)}" if cache.folder else "", tqdm(desc="latents", leave=False, mininterval=2)
+    sizes, vae, cache = buckets(args.resolution, args.bucket_step), base.latents, base.text.cache
+    key, bar = f"{vae.config} {fingerprint(vae)}" if cache else "", tqdm(desc="latents", leave=False, mininterval=2)
 
     def latents(path):
         image = open_picture(path, lambda size: nearest(size, sizes))
         bar.update()
         encode = lambda: vae.encode(to_tensor(np.array(image)[None]).to(base.device))[0].cpu()
         with torch.no_grad():
-            return cache.get(f"latents {key} {image.size} {hashlib.sha256(path.read_bytes()).hexdigest()}", encode)
+            return cached(cache, f"latents {key} {image.size} {hashlib.sha256(path.read_bytes()).hexdigest()}", encode)
 
     criteria = Criteria.load(args.tree) if args.tree else None
     criteria, rows, skipped = read_folder(args.data, criteria, latents, args.skip_bad)
     bar.close()
-    found, captions, annotations = zip(*rows)
-    images = np.empty(len(rows), object)
-    for i, latent in enumerate(found):                            # images[:] = found would make one array of them
-        images[i] = latent
-    return LatentPaintings(criteria, images, list(captions), np.stack(annotations), skipped)
+    images, captions, annotations = zip(*rows)
+    return LatentPaintings(criteria, np.fromiter(images, object), list(captions), np.stack(annotations), skipped)
 
 
 # ---- training

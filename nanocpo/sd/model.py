@@ -3,6 +3,7 @@ import copy
 import hashlib
 import math
 import warnings
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -12,29 +13,22 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from ..criteria import Prompt
-from ..diffusion import guide
 from ..lora import LoRA
 from ..losses import wide
-from ..model import fingerprint, save_atomic
+from ..model import Model, fingerprint, save_atomic
 
 
-class Cache:
-    """Tensors in files that are named by a key; folder None: nothing is kept."""
-
-    def __init__(self, folder=None):
-        self.folder = Path(folder) if folder else None
-
-    def get(self, key, make):
-        """The value of make(), computed only if no file for `key` (a string) is there, or if it is damaged."""
-        if self.folder is None:
-            return make()
-        path = self.folder / f"{hashlib.sha256(key.encode()).hexdigest()}.pt"
-        try:
-            return torch.load(path, weights_only=True)
-        except Exception:
-            value = make()
-            save_atomic(path, value)
-            return value
+def cached(folder, key, make):
+    """The value of make(), computed only if `folder` has no whole file for `key` (a string); folder None: nothing is kept."""
+    if folder is None:
+        return make()
+    path = Path(folder) / f"{hashlib.sha256(key.encode()).hexdigest()}.pt"
+    try:
+        return torch.load(path, weights_only=True)
+    except Exception:                                             # not there, or damaged
+        value = make()
+        save_atomic(path, value)
+        return value
 
 
 def windows(prompt, tokenizer):
@@ -57,11 +51,7 @@ def recomputed(step, lora, *inputs):
     """Gradient checkpointing of one step of the UNet: only its inputs are kept, and it runs once more going back, with the adapter
     that acted the first time (by then another one may)."""
     adapter = lora.active
-
-    def run(*inputs):
-        with lora.using(adapter):
-            return step(*inputs)
-    return checkpoint(run, *inputs, use_reentrant=False) if torch.is_grad_enabled() else run(*inputs)
+    return checkpoint(step, *inputs, use_reentrant=False, context_fn=lambda: (nullcontext(), lora.using(adapter)))
 
 
 class Base:
@@ -71,16 +61,12 @@ class Base:
         self.parts, self.criteria, self.captions, self.size = parts, criteria, list(captions), size
         for part in (parts.unet, parts.vae, *parts.encoders):
             part.to(device)
-        self.lora, self.cache = LoRA(parts.unet), Cache(cache)
+        self.lora, self.cache, self.device = LoRA(parts.unet), cache, torch.device(device)
         self.config = {"kind": "lora", "size": list(size)}
         self.key = f"{[encoder.config for encoder in parts.encoders]} {fingerprint(*parts.encoders)}" if cache else ""
         if checkpointing:
             for level in (*parts.unet.down_blocks, parts.unet.mid_block, *parts.unet.up_blocks):
                 level.step = partial(recomputed, level.step, self.lora)
-
-    @property
-    def device(self):
-        return self.parts.unet.conv_in.weight.device
 
     @torch.no_grad()
     def tokens(self, prompts):
@@ -104,14 +90,14 @@ class Base:
                 return outputs[0][0].flatten(0, 1).cpu(), None
             context = torch.cat([penultimate for _, penultimate, _ in outputs], dim=-1).flatten(0, 1)
             return tuple((torch.zeros_like(x) if zeros else x).cpu() for x in (context, outputs[1][2][0]))
-        return self.cache.get(f"text {self.key} {zeros} {ids}", run)
+        return cached(self.cache, f"text {self.key} {zeros} {ids}", run)
 
 
-class SDModel(nn.Module):
-    """The interface of nanocpo.model.Model. Its only parameters are the adapter's; the base is shared and stays frozen."""
+class SDModel(Model):
+    """Model with the parts of Stable Diffusion. Its only parameters are the adapter's; the base is shared and stays frozen."""
 
     def __init__(self, base, adapter=None):
-        super().__init__()
+        nn.Module.__init__(self)                                  # it has none of the toy's parts
         self.base, self.adapter, self.text, self.diffusion = base, adapter, base, base.parts.diffusion         # base is no nn.Module
         self.criteria, self.captions, self.config = base.criteria, base.captions, base.config
 
@@ -143,29 +129,17 @@ class SDModel(nn.Module):
         with self.base.lora.using(self.adapter), torch.autocast(xt.device.type, enabled=False):
             return wide(unet(xt.to(dtype), t, context.to(dtype), None if pooled is None else pooled.to(dtype), sizes))
 
-    @torch.no_grad()
-    def sample(self, prompts, negative=None, guidance=1.0, steps=30, eta=0.0, seed=0, batch=1, size=None):
-        """N prompts -> pictures (N, 3, H, W), roughly in [-1, 1]. With guidance other than 1 they are guided away from `negative`
-        (None: the empty prompt). size (H, W) is a multiple of 8. The first noise of picture i depends on seed and i only."""
-        height, width = size or self.base.size
-        factor = self.latents.factor
-        if height % factor or width % factor:
-            raise ValueError(f"the size {height}x{width} must be a multiple of {factor}")
-        generator = torch.Generator().manual_seed(seed)
-        noise = torch.stack([torch.randn(4, height // factor, width // factor, generator=generator) for _ in prompts])
-        noise, out = noise.to(wide(self.base.parts.unet.conv_in.weight).dtype), []
-        if self.diffusion.spacing == "trailing" and self.diffusion.sampler == "list":
-            noise = noise * (1 - self.diffusion.alpha_bar[self.diffusion.timesteps(steps)[0]]).sqrt().to(noise)
-        for start in range(0, len(prompts), batch):
-            asked = list(prompts[start:start + batch])
-            if guidance != 1:
-                asked += negative[start:start + batch] if negative else [""] * len(asked)
-            some = self.text.tokens(asked)
+    def sample(self, prompts, negative=None, guidance=1.0, steps=30, eta=0.0, seed=0, batch=1):
+        """Model.sample; with guidance other than 1 and no `negative`, away from the empty prompt."""
+        return super().sample(prompts, negative or [""] * len(prompts), guidance, steps, eta, seed, batch)
 
-            def predict(xt, t):
-                if guidance == 1:
-                    return self(xt, t, some)
-                return guide(*self(torch.cat([xt, xt]), torch.cat([t, t]), some).chunk(2), guidance)
-            latents = self.diffusion.sample(predict, noise[start:start + batch].to(self.device), steps, eta, generator)
-            out.append(self.latents.decode(latents))
-        return torch.cat(out)
+    def first_noise(self, count, generator):
+        """Noise (count, 4, h, w) for pictures of the base's size, which must be a multiple of 8."""
+        if any(side % self.latents.factor for side in self.base.size):
+            raise ValueError(f"the size {self.base.size} must be a multiple of {self.latents.factor}")
+        sides = [side // self.latents.factor for side in self.base.size]
+        noise = torch.stack([torch.randn(4, *sides, generator=generator) for _ in range(count)])
+        noise = noise.to(wide(self.base.parts.unet.conv_in.weight).dtype)
+        if self.diffusion.spacing == "trailing" and self.diffusion.sampler == "list":
+            noise = noise * (1 - self.diffusion.alpha_bar[-1]).sqrt().to(noise)
+        return noise

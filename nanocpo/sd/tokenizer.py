@@ -22,19 +22,10 @@ def byte_letters():
 
 def words(text):
     """Split at spaces; contractions, runs of letters, single numbers and runs of anything else are words of their own."""
-    i = 0
-    kind = lambda c: " " if c.isspace() else unicodedata.category(c)[0] if unicodedata.category(c)[0] in "LN" else "."
-    while i < len(text):
-        contraction = re.match(r"'(?:s|t|re|ve|m|ll|d)", text[i:i + 3])
-        if contraction:
-            end = i + contraction.end()
-        else:
-            end = i + 1
-            while end < len(text) and kind(text[i]) != "N" and kind(text[end]) == kind(text[i]):
-                end += 1
-        if kind(text[i]) != " ":
-            yield text[i:end]
-        i = end
+    # Python's re knows no classes of characters as Unicode's L and N: one letter for each class, but those of contractions stay
+    kind = lambda c: c if c in "'strevmld" else " " if c.isspace() else {"L": "L", "N": "N"}.get(unicodedata.category(c)[0], ".")
+    found = re.finditer(r"'(?:s|t|re|ve|m|ll|d)|[Lstrevmld]+|N|['.]+", "".join(map(kind, text)))
+    return [text[word.start():word.end()] for word in found]
 
 
 class Tokenizer:

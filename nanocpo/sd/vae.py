@@ -5,13 +5,11 @@ Parameter names are those of diffusers' AutoencoderKL. Every GroupNorm here has 
 from collections import OrderedDict
 from dataclasses import dataclass
 
-import torch
-import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
 
 from ..losses import wide
-from ..unet import ResBlock
+from ..unet import Attention, ResBlock
 
 EPS, LATENT = 1e-6, 4                       # LATENT: channels of the latents of all these autoencoders
 
@@ -25,19 +23,17 @@ class VAEConfig:
     scale: float = 0.18215                  # latents times this have about unit variance
 
 
-class MidAttention(nn.Module):
+class MidAttention(Attention):
     """Self-attention of all pixels with one head as wide as the picture's channels."""
 
     def __init__(self, dim, groups):
-        super().__init__()
+        super().__init__(dim, heads=1)
         self.group_norm = nn.GroupNorm(groups, dim, EPS)
-        self.to_q, self.to_k, self.to_v = (nn.Linear(dim, dim) for _ in range(3))
-        self.to_out = nn.Sequential(nn.Linear(dim, dim))
+        self.to_q, self.to_k, self.to_v = (nn.Linear(dim, dim) for _ in range(3))               # with a bias, unlike the UNet's
 
     def forward(self, x):
         tokens = rearrange(self.group_norm(x), "b c h w -> b (h w) c")
-        out = F.scaled_dot_product_attention(self.to_q(tokens), self.to_k(tokens), self.to_v(tokens))
-        return x + rearrange(self.to_out(out), "b (h w) c -> b c h w", h=x.shape[2])
+        return x + rearrange(super().forward(tokens), "b (h w) c -> b c h w", h=x.shape[2])
 
 
 class Middle(nn.Module):
@@ -87,6 +83,7 @@ class VAE(nn.Module):
         super().__init__()
         self.config, channels, layers, groups = config, tuple(config.channels), config.layers, config.groups
         first, last = channels[0], channels[-1]
+        self.factor = 2 ** (len(channels) - 1)                    # pixels that a latent stands for, along each side
         self.encoder = chain(conv_in=nn.Conv2d(3, first, 3, padding=1), down_blocks=levels(channels, layers, groups, "downsamplers", half),
                              mid_block=Middle(last, groups), conv_norm_out=nn.GroupNorm(groups, last, EPS), act=nn.SiLU(),
                              conv_out=nn.Conv2d(last, 2 * LATENT, 3, padding=1))
@@ -95,21 +92,14 @@ class VAE(nn.Module):
                              conv_norm_out=nn.GroupNorm(groups, first, EPS), act=nn.SiLU(), conv_out=nn.Conv2d(first, 3, 3, padding=1))
         self.quant_conv, self.post_quant_conv = nn.Conv2d(2 * LATENT, 2 * LATENT, 1), nn.Conv2d(LATENT, LATENT, 1)
 
-    @property
-    def factor(self):
-        """How many pixels a latent stands for, along each side."""
-        return 2 ** (len(self.config.channels) - 1)
-
-    def moments(self, images):
-        """Pictures (B, 3, H, W) in [-1, 1] -> mean and standard deviation of their latents, not yet scaled."""
-        mean, logvar = self.quant_conv(self.encoder(images.to(self.quant_conv.weight))).chunk(2, dim=1)
-        return mean, (logvar.clamp(-30, 20) / 2).exp()
-
     def encode(self, images):
-        """Pictures -> the mean of their scaled latents, float32 or wider. The deviation around it is dropped (ours): it is small,
-        and so the same picture always has the same latents, which can be computed once and kept. Tensors with the latents'
-        number of channels are such latents, and come back as they are."""
-        return images if images.shape[1] == LATENT else self.config.scale * wide(self.moments(images)[0])
+        """Pictures (B, 3, H, W) in [-1, 1] -> the mean of their scaled latents, float32 or wider. The deviation around it, the other half
+        of the channels, is dropped (ours): it is small, and so the same picture always has the same latents, which can be computed once
+        and kept. Tensors with the latents' number of channels are such latents, and come back as they are."""
+        if images.shape[1] == LATENT:
+            return images
+        mean, _ = self.quant_conv(self.encoder(images.to(self.quant_conv.weight))).chunk(2, dim=1)
+        return self.config.scale * wide(mean)
 
     def decode(self, latents):
         """Scaled latents -> pictures, roughly in [-1, 1]."""
