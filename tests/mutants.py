@@ -21,8 +21,10 @@ from dataclasses import astuple, dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-TESTS = {"train_cpo": "train", "train_sft": "train", "text": "model", "critic": "painter", "cli": "train",
-         "lab": "study"}                    # file -> its tests, where the names differ
+TESTS = {"train_cpo": "train", "train_sft": "train", "text": "model", "critic": "painter", "cli": "train", "study/lab": "study",
+         "sd/vae": "sd_parts", "sd/clip": "sd_parts", "sd/tokenizer": "sd_parts", "sd/singlefile": "sd_weights", "sd/weights": "sd_weights",
+         "sd/files": "sd_weights", "sd/model": "sd_model", "sd/finetune": "sd_model", "sd/report": "sd_report"}
+                                            # file -> its tests, where the names differ
 
 
 @dataclass(frozen=True)
@@ -186,10 +188,57 @@ MUTANTS = [
           ("factor = 3.4445", "factor = 2.4445", "the iteration does not reach 1")),
     *_all("nanocpo/unet.py",
           ("value, gate = self.proj(x)", "gate, value = self.proj(x)", "GEGLU halves exchanged"),
+          ("F.gelu(gate)", 'F.gelu(gate, approximate="tanh")', "the other GELU"),
           ("nn.GroupNorm(config.groups, dim, 1e-6)", "nn.GroupNorm(config.groups, dim, 1e-5)", "the transformer's norm with the ResBlock's eps"),
           ("torch.cat([angles.cos(), angles.sin()], dim=1)", "torch.cat([angles.sin(), angles.cos()], dim=1)", "sine before cosine"),
           ('"b n (h d) -> b h n d"', '"b n (d h) -> b h n d"', "heads are cut across the wrong axis"),
           ("self.time_emb_proj(F.silu(time))", "self.time_emb_proj(time)", "the second SiLU of the time embedding is missing")),
+    *_all("nanocpo/sd/vae.py",
+          ("nn.ZeroPad2d((0, 1, 0, 1))", "nn.ZeroPad2d((1, 0, 1, 0))", "the VAE pads on the other side"),
+          ("EPS, LATENT = 1e-6, 4", "EPS, LATENT = 1e-5, 4", "the UNet's eps in the VAE's norms"),
+          ("self.config.scale * wide(mean)", "wide(mean)", "latents without their scale")),
+    *_all("nanocpo/sd/clip.py",
+          ("h * torch.sigmoid(1.702 * h) if self.quick else", "", "OpenCLIP's GELU for ViT-L"),
+          ("is_causal=True", "is_causal=False", "a token sees what comes after it"),
+          ("penultimate, x = x, layer(x)", "penultimate = x = layer(x)", "XL reads the last layer"),
+          ("(ids == eos).int().argmax(1)", "-1", "pooled at the padding, not at the first end of text")),
+    *_all("nanocpo/sd/tokenizer.py",
+          ("'(?:s|t|re|ve|m|ll|d)|", "", "contractions are not words of their own"),
+          ("|N|", "|N+|", "numbers are not read digit by digit"),
+          ("pair not in self.rank", "False", "merges what no merge allows")),
+    *_all("nanocpo/sd/files.py",
+          ("weights_only=True", "weights_only=False", "a checkpoint can run code"),
+          ("state |= shard", "state = shard", "the last shard only")),
+    *_all("nanocpo/sd/singlefile.py",
+          ("tensor.T.contiguous()", "tensor", "text_projection is not transposed"),
+          ('zip("qkv", tensor', 'zip("kqv", tensor', "q and k of OpenCLIP exchanged"),
+          ("levels - 1 - int(up[1])", "int(up[1])", "the VAE's decoder upside down")),
+    *_all("nanocpo/sd/weights.py",
+          ('get("num_attention_heads") or get("attention_head_dim")', 'get("attention_head_dim")', "heads where a file says both"),
+          ('zero_snr=bool(config.get("rescale_betas_zero_snr"))', "zero_snr=False", "zero-terminal SNR is not read"),
+          ('if name == "vae" and dtype == torch.float16', "if False", "XL's VAE overflows in float16"),
+          ("if value not in only.get(key, (None, False)):", "if False:", "settings that change the computation are ignored")),
+    *_all("nanocpo/sd/model.py",
+          ("parts[:-1] + [more] if fits(more) else parts + [Prompt(**{side: (phrase,)})]", "parts[:-1] + [more]", "phrases beyond the window are lost"),
+          ("texts == [\"\"] and self.parts.zeros_for_empty", "False", "XL's empty prompt is encoded"),
+          ("lora.using(adapter)))", "nullcontext()))", "recomputed with another model's adapter"),
+          ("with self.base.lora.using(self.adapter),", "with", "the adapter does not act"),
+          ("noise * (1 - self.diffusion.alpha_bar[-1]).sqrt().to(noise)", "noise", "trailing Euler starts with too much noise")),
+    *_all("nanocpo/sd/finetune.py",
+          ("(loss / count).backward()", "loss.backward()", "accumulated batches weigh more than the last"),
+          (" {hashlib.sha256(path.read_bytes()).hexdigest()}", "", "one picture's latents for all of its size"),
+          ("self.images[i].shape == self.images[indices[0]].shape", "True", "a batch of several shapes")),
+    *_all("nanocpo/sd/report.py",
+          ("(each[..., 1] - each[..., 0])", "(each[..., 0] - each[..., 1])", "log-ratio upside down")),
+    *_all("nanocpo/lora.py",
+          ("torch.zeros(layer.out_features, rank)", "torch.ones(layer.out_features, rank)", "a new adapter changes the model"),
+          ("self.scale * self.B[i].detach()", "self.B[i].detach()", "the scale is lost on saving"),
+          ("wide(weight) + (wide(b)", "wide(weight) - (wide(b)", "merged with the wrong sign"),
+          ("math.sqrt(rank) if", "rank if", "rank-stabilised adapters are read as others"),
+          ('pattern or settings.get("lora_alpha") or rank', "rank", "alpha is ignored")),
+    *_all("nanocpo/annotate.py",
+          (r'.replace("<", "\\u003c")', "", "a caption ends the page's script"),
+          ('sorted(set(known) - set(files))', "[]", "annotations of lost pictures are dropped silently")),
 ]
 
 
@@ -226,7 +275,7 @@ def survives(mutant):
             return _pytest(folder, tests)
         path = Path(folder) / mutant.file
         path.write_text(path.read_text(encoding="utf-8").replace(mutant.old, mutant.new), encoding="utf-8")
-        name = path.stem
+        name = mutant.file.removeprefix("nanocpo/").removesuffix(".py")
         own = [test for test in tests if test == f"tests/test_{TESTS.get(name, name)}.py"]
         return _pytest(folder, own) and _pytest(folder, [test for test in tests if test not in own])
 

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from nanocpo.criteria import Criteria
-from nanocpo.critic import _layouts, find_layout, judge
+from nanocpo.critic import _layouts, find_layout, judge, measure
 from nanocpo.painter import CAPTIONS, HUES, LEAVES, SIZE, SUN_HEIGHT, X, Y, paint
 
 CRITERIA = Criteria.load()
@@ -144,6 +144,22 @@ def test_scores_and_signs_belong_together(verdicts):
     assert ((verdicts.scores > 0) == (verdicts.signs == 1)).all() and set(np.unique(verdicts.signs)) == {-1, 1}
     typical = [np.median(np.abs(column)) for column in verdicts.scores.T]
     assert 0.4 < min(typical) and max(typical) < 3                # typical paintings lie near -1 and +1: comparable scales
+
+
+def test_hues_are_compared_around_the_wheel(fresh):
+    """A clashing ground is 0.42 turns from its sky, an analogous one 0.13; from some skies the way leads past red, where the wheel begins."""
+    _, states, images = fresh
+    turns = measure(images)[0]["Harmony"]
+    for state, distance in ((-1, 0.42), (1, 0.13)):
+        off = np.abs(turns[states[:, NAMES.index("Harmony")] == state] - distance)
+        assert len(off) > 900 and np.quantile(off, 0.95) < 0.05
+
+
+def test_a_horizon_may_tilt_to_either_side(fresh):
+    """The painter's rises to one side only, but a model's may not."""
+    _, states, images = fresh
+    tilted = images[states[:, NAMES.index("Level")] < 0][:300]
+    assert (judge(tilted[:, :, ::-1], CRITERIA).signs[:, NAMES.index("Level")] < 0).mean() > 0.95
 
 
 def test_sub_tree_gives_that_trees_columns(fresh, verdicts):
