@@ -1,10 +1,11 @@
 """The numbers of the report, by hand."""
 import numpy as np
 import pytest
+import torch
 
 from nanocpo.criteria import Criteria
 from nanocpo.data import from_painter
-from nanocpo.evaluate import all_prompts, diversity, frechet, interval, measure_row, real_positive, table
+from nanocpo.evaluate import all_prompts, diversity, evaluate, frechet, interval, measure_row, real_positive, table
 
 CRITERIA = Criteria.load()
 
@@ -50,3 +51,17 @@ def test_prompts_of_the_rows():
     plain, positive, negative = all_prompts(CRITERIA, ["a boat"])
     assert (len(plain[0].positive), len(positive[0].positive), len(negative[0].negative)) == (0, 12, 12)
     assert not positive[0].negative and not negative[0].positive and positive[0].caption == "a boat"
+
+
+def test_every_row_is_asked_in_its_way():
+    """plain: the caption; prompted: all positive attributes; guided: the same, away from all negative ones."""
+    class Asked:
+        criteria, captions = CRITERIA, ["a boat"]
+
+        def sample(self, prompts, negative, guidance, steps, seed):
+            self.seen = prompts, negative, guidance
+            return torch.zeros(len(prompts), 3, 32, 32)
+    models = {kind: (Asked(), kind) for kind in ("plain", "prompted", "guided")}
+    evaluate(models, samples=2, guidance=3.0)
+    plain, positive, negative = all_prompts(CRITERIA, ["a boat"] * 2)
+    assert [model.seen for model, _ in models.values()] == [(plain, None, 1.0), (positive, None, 1.0), (positive, negative, 3.0)]
