@@ -18,7 +18,7 @@ from train_cpo import add_cpo_arguments
 from train_sft import add_sft_arguments
 
 from ..losses import RULES
-from ..train import BINS, add_common_arguments
+from ..train import BINS, add_common_arguments, changed
 from .lab import OPTIMIZERS, STRENGTH, Lab
 from .plots import bar_chart, line_chart, matrix_chart
 
@@ -47,7 +47,8 @@ METHODS = {
 SAMPLERS = {"base": ("base", "plain"), "auxiliary prompted": ("auxiliary", "prompted"), "auxiliary guided": ("auxiliary", "guided")}
 SPEED = {rule: dict(stabilizer=rule, strength=STRENGTH[rule]) for rule in RULES}
 SPEED["none, slower"] = dict(stabilizer="none", lr=5e-5)          # the rate at which vanilla does best (study methods)
-DOSES = {"k 0": dict(strength=0.0), "k -0.15": dict(strength=-0.15)}       # of decoupling: at z_win, or a little short of it (E12)
+# Of decoupling: at z_win, or a little short of it (E12), or on the way to it.
+DOSES = {"k 0": dict(strength=0.0), "k -0.15": dict(strength=-0.15), "k 0, 75 steps": dict(strength=0.0, steps=75)}
 LEVELS = {"as painted": {}}                                       # of annotation: shares of leaves judged (90 % as painted), of verdicts wrong
 LEVELS |= {f"{share} % judged": dict(judged=share / 100, wrong=0.0) for share in (75, 50, 25, 10)}
 LEVELS |= {f"{share} % wrong": dict(judged=0.9, wrong=share / 100) for share in (5, 10, 20)}
@@ -211,9 +212,9 @@ def speed(lab):
 
 def decoupling(lab):
     """Align one branch at a time, measure all of them: the diagonal should fall to a half, the rest stay within a tenth."""
-    args, roots, doses = lab.args, [root.name for root in lab.data.criteria.roots], chosen_rows(lab.args, DOSES)
-    search = dict(seed=args.validation, samples=2 * args.samples)         # a tenth of a small number is soon lost in the noise
-    validation, *bases = [result["row"] for result in lab.run([*base_runs([args.validation], **search), *base_runs(args.seeds)])]
+    args = changed(lab.args, samples=2 * lab.args.samples)                # a tenth of a small number is soon lost in the noise
+    roots, doses, many = [root.name for root in lab.data.criteria.roots], chosen_rows(args, DOSES), dict(samples=args.samples)
+    validation, *bases = [result["row"] for result in lab.run(base_runs([args.validation, *args.seeds], **many))]
 
     def relative(result, base):
         """Each root's #A_neg over the base's from the same noise."""
@@ -223,12 +224,12 @@ def decoupling(lab):
         """Below 1 both aims hold: the own branch at a half or less, no other changed by more than a tenth."""
         return max([row[own] / 0.5] + [abs(x - 1) / 0.1 for other, x in enumerate(row) if other != own])
 
-    found = iter(lab.run([(f"search_{slug(root)}_{slug(name)}", "align", dose | dict(criteria=[root]) | search)
+    found = iter(lab.run([(f"search_{slug(root)}_{slug(name)}", "align", dose | dict(criteria=[root], seed=args.validation) | many)
                           for root in roots for name, dose in doses.items()]))
     tried = {root: {name: relative(next(found), validation) for name in doses} for root in roots}
     scores = {root: {name: score(row, roots.index(root)) for name, row in tried[root].items()} for root in roots}
     best = {root: min(doses, key=scores[root].get) for root in roots}
-    results = iter(lab.run([(f"{slug(root)}_{slug(best[root])}_{seed}", "align", doses[best[root]] | dict(criteria=[root], seed=seed))
+    results = iter(lab.run([(f"{slug(root)}_{slug(best[root])}_{seed}", "align", doses[best[root]] | dict(criteria=[root], seed=seed) | many)
                             for root in roots for seed in args.seeds]))
     rows, table = {}, []
     for root in roots:
@@ -240,12 +241,12 @@ def decoupling(lab):
     searched = markdown(["branch", *doses], [[root, *(f"{scores[root][name]:.2f} (own {tried[root][name][i]:.2f})" for name in doses)]
                                              for i, root in enumerate(roots)])
     stem = publish(args, {"roots": roots, "chosen": best, "relative": rows, "scores": scores, "base": bases},
-                   "#A_neg of each root dimension over the base's from the same noise; rows: the branch that was aligned (and its k). Base: "
+                   "#A_neg of each root dimension over the base's from the same noise; rows: the branch that was aligned (and its dose). Base: "
                    + ", ".join(f"{root} {np.mean([b['by_root'][root] for b in bases]):.2f}" for root in roots)
                    + f"; caption {np.mean([b['caption'] for b in bases]):.3f}.", markdown(["aligned on", *roots, "caption"], table),
                    f"Largest own share {max(means[i][i] for i in range(len(roots))):.2f}, largest change of another {worst:.2f}.",
-                   f"The search, seed {args.validation}, {search['samples']} pictures: the worse of (own share / 0.5) and (largest change of "
-                   "another / 0.1); below 1 both aims hold. Each branch takes the k with the smaller.", searched)
+                   f"The search, seed {args.validation}: the worse of (own share / 0.5) and (largest change of another / 0.1); below 1 both "
+                   "aims hold. Each branch takes the dose with the smallest.", searched)
     matrix_chart(f"{stem}.png", means, roots, roots, "Align one branch, measure all: #A_neg over the base's",
                  "row: aligned branch; column: measured branch")
 
