@@ -241,6 +241,16 @@ def test_other_settings_are_refused_by_name():
     assert (pndm.sampler, pndm.spacing, pndm.prediction) == ("ddim", "leading", "eps")
 
 
+def test_settings_that_are_read():
+    """The number of heads stands under either name; with zero-terminal SNR the last step is pure noise."""
+    config = {"attention_head_dim": 64, "num_attention_heads": [5, 10, 20, 20]}
+    assert weights.unet_config(config).heads == (5, 10, 20, 20) and weights.unet_config({"attention_head_dim": 5}).heads == (5,) * 4
+    settings = {"_class_name": "DDIMScheduler", "prediction_type": "v_prediction", "timestep_spacing": "trailing"}
+    usual, zero = (weights.diffusion_config(settings | {"rescale_betas_zero_snr": value}) for value in (False, True))
+    assert usual.alpha_bar[-1] > 0.004 and zero.alpha_bar[-1] == 0
+    assert usual.prediction == zero.prediction == "v" and usual.spacing == "trailing" and usual.sampler == "ddim"
+
+
 @pytest.mark.parametrize("names, words", [(["conditioner.embedders.0.model.x"], "refiner"), (["edm_mean"], "EDM"), (["control_model.x"], "ControlNet"),
                                           (["something.else"], "no UNet")])
 def test_other_single_files_are_refused_by_name(names, words, tmp_path):
