@@ -25,13 +25,13 @@ from train_cpo import preference_prompts
 
 # ---- pipelines
 
-@pytest.mark.parametrize("kind", ["sd1", "sd1 euler", "sd2", "sdxl"])
+@pytest.mark.parametrize("kind", ["sd1", "sd1 euler leading", "sd1 euler trailing", "sd2", "sdxl"])
 def test_whole_pipelines_equal_diffusers(kind, tmp_path):
     diffusers = pytest.importorskip("diffusers")
     pytest.importorskip("safetensors")
     from nanocpo.sd.weights import load_parts
-    scheduler = diffusers.EulerDiscreteScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", timestep_spacing="leading",
-                                                 steps_offset=1) if "euler" in kind else None
+    scheduler = diffusers.EulerDiscreteScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1,
+                                                 timestep_spacing=kind.split()[2]) if "euler" in kind else None
     pipe = sd_tiny.pipeline(kind.split()[0], tmp_path, scheduler)
     model = SDModel(Base(load_parts(tmp_path, dtype=torch.float64), size=(56, 40)))
     if hasattr(pipe.scheduler, "final_alpha_cumprod"):                    # float64 there too; Euler casts to float32 inside
