@@ -106,7 +106,8 @@ def cpo_step(args, data, reference, auxiliary, columns):
         xt, t, _, _ = noised(target, batch.images, generator, t)
         plain = target.text.tokens([data.criteria.prompt(caption) for caption in batch.captions])
         win, lose = preference_prompts(data.criteria, batch, columns, args.pairs)
-        with torch.no_grad():                                             # both in one batch: their small difference must not be one of kernels
+        with torch.no_grad():
+            # both in one batch: their small difference must not be one of kernels
             z_win, z_lose = auxiliary(torch.cat([xt, xt]), torch.cat([t, t]), win + lose).chunk(2)
         eps = target(xt, t, plain)
         if args.method == "esd":

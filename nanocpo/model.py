@@ -69,10 +69,15 @@ class Model(nn.Module):
         """A copy that nothing trains: evaluation mode, no gradients."""
         return copy.deepcopy(self).eval().requires_grad_(False)
 
+    @property
+    def latent_shape(self):
+        """(C, h, w) of one picture's latents."""
+        edge = self.config["size"] // self.config["block"]
+        return self.unet.config.in_channels, edge, edge
+
     def first_noise(self, count, generator):
         """Noise (count, C, h, w) from the CPU, one picture after the other."""
-        edge = self.config["size"] // self.config["block"]
-        return torch.stack([torch.randn(self.unet.config.in_channels, edge, edge, generator=generator) for _ in range(count)])
+        return torch.stack([torch.randn(self.latent_shape, generator=generator) for _ in range(count)])
 
     @torch.no_grad()
     def sample(self, prompts, negative=None, guidance=1.0, steps=12, eta=0.0, seed=0, batch=128):

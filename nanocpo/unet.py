@@ -72,11 +72,11 @@ class ResBlock(nn.Module):
 class Attention(nn.Module):
     """Multi-head attention from x (B, N, dim) to context (B, L, context_dim), or to x itself."""
 
-    def __init__(self, dim, heads, context_dim=None, dropout=0.0):
+    def __init__(self, dim, heads, context_dim=None, dropout=0.0, bias=False):
         super().__init__()
         self.heads = heads
-        self.to_q = nn.Linear(dim, dim, bias=False)
-        self.to_k, self.to_v = (nn.Linear(context_dim or dim, dim, bias=False) for _ in range(2))
+        self.to_q = nn.Linear(dim, dim, bias)
+        self.to_k, self.to_v = (nn.Linear(context_dim or dim, dim, bias) for _ in range(2))
         self.to_out = nn.Sequential(nn.Linear(dim, dim), nn.Dropout(dropout))
 
     def forward(self, x, context=None):

@@ -21,10 +21,10 @@ from dataclasses import astuple, dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+# file -> its tests, where the names differ
 TESTS = {"train_cpo": "train", "train_sft": "train", "text": "model", "critic": "painter", "cli": "train", "study/lab": "study",
          "sd/vae": "sd_parts", "sd/clip": "sd_parts", "sd/tokenizer": "sd_parts", "sd/singlefile": "sd_weights", "sd/weights": "sd_weights",
          "sd/files": "sd_weights", "sd/model": "sd_model", "sd/finetune": "sd_model", "sd/report": "sd_report"}
-                                            # file -> its tests, where the names differ
 
 
 @dataclass(frozen=True)

@@ -148,7 +148,7 @@ def accumulated(loss_step, count):
     return step
 
 
-def train(args, data, base, loss_step, name, steps, lr, made_of=()):
+def train(args, data, base, loss_step, name, steps, lr, made_of):
     """Train a new adapter on the base -> OUT/NAME.pt (to resume) and OUT/NAME.safetensors, kohya's layout in NAME_kohya.safetensors;
     returns (the averaged model, frozen; the last log line). made_of: what of this stage must be the same to resume it (fit's `run`)."""
     out, model = Path(args.out), base.with_adapter(args.rank, args.seed)
@@ -163,7 +163,7 @@ def train(args, data, base, loss_step, name, steps, lr, made_of=()):
            "batch": args.batch, "accumulate": args.accumulate}
     average, line = fit(model, accumulated(loss_step, args.accumulate), Recipe(steps, lr), out / f"{name}.pt",
                         name=name, seed=args.seed, resume=args.resume, save_every=args.save_every, pictures=pictures,
-                        sample_every=args.sample_every, run=run | dict(made_of))
+                        sample_every=args.sample_every, run=run | made_of)
     lora.save(average.adapter, out / f"{name}.safetensors")
     lora.save(average.adapter, out / f"{name}_kohya.safetensors", "kohya")
     print(f"{out / name}.safetensors written")
@@ -185,7 +185,7 @@ def ensure_auxiliary(args, data, base, loss_step):
     """The auxiliary: --lora's adapter, or OUT's (which is only written when it is ready, and trained now if it is not there)."""
     path = Path(args.lora or Path(args.out) / "auxiliary.safetensors")
     if not args.lora and not path.is_file():
-        train(args, data, base, loss_step, "auxiliary", args.sft_steps, args.sft_lr)
+        train(args, data, base, loss_step, "auxiliary", args.sft_steps, args.sft_lr, {})
     else:
         print(f"{path}: used as it is" + ("" if args.lora else "; delete it to train another"))
     return with_lora(base, path)

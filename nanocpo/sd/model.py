@@ -133,13 +133,16 @@ class SDModel(Model):
         """Model.sample; with guidance other than 1 and no `negative`, away from the empty prompt."""
         return super().sample(prompts, negative or [""] * len(prompts), guidance, steps, eta, seed, batch)
 
-    def first_noise(self, count, generator):
-        """Noise (count, 4, h, w) for pictures of the base's size, which must be a multiple of 8."""
+    @property
+    def latent_shape(self):
+        """(4, h, w) for a picture of the base's size, which must be a multiple of 8."""
         if any(side % self.latents.factor for side in self.base.size):
             raise ValueError(f"the size {self.base.size} must be a multiple of {self.latents.factor}")
-        sides = [side // self.latents.factor for side in self.base.size]
-        noise = torch.stack([torch.randn(4, *sides, generator=generator) for _ in range(count)])
-        noise = noise.to(wide(self.base.parts.unet.conv_in.weight).dtype)
+        return 4, *(side // self.latents.factor for side in self.base.size)
+
+    def first_noise(self, count, generator):
+        """Model.first_noise, as wide as the base and as large as its schedule begins."""
+        noise = super().first_noise(count, generator).to(wide(self.base.parts.unet.conv_in.weight).dtype)
         if self.diffusion.spacing == "trailing" and self.diffusion.sampler == "list":
             noise = noise * (1 - self.diffusion.alpha_bar[-1]).sqrt().to(noise)
         return noise

@@ -27,9 +27,8 @@ class MidAttention(Attention):
     """Self-attention of all pixels with one head as wide as the picture's channels."""
 
     def __init__(self, dim, groups):
-        super().__init__(dim, heads=1)
+        super().__init__(dim, heads=1, bias=True)
         self.group_norm = nn.GroupNorm(groups, dim, EPS)
-        self.to_q, self.to_k, self.to_v = (nn.Linear(dim, dim) for _ in range(3))               # with a bias, unlike the UNet's
 
     def forward(self, x):
         tokens = rearrange(self.group_norm(x), "b c h w -> b (h w) c")

@@ -212,9 +212,9 @@ def speed(lab):
 
 def decoupling(lab):
     """Align one branch at a time, measure all of them: the diagonal should fall to a half, the rest stay within a tenth."""
-    args = changed(lab.args, samples=2 * lab.args.samples)                # a tenth of a small number is soon lost in the noise
-    roots, doses, many = [root.name for root in lab.data.criteria.roots], chosen_rows(args, DOSES), dict(samples=args.samples)
-    validation, *bases = [result["row"] for result in lab.run(base_runs([args.validation, *args.seeds], **many))]
+    lab = Lab(changed(lab.args, samples=2 * lab.args.samples))            # a tenth of a small number is soon lost in the noise
+    args, roots, doses = lab.args, [root.name for root in lab.data.criteria.roots], chosen_rows(lab.args, DOSES)
+    validation, *bases = [result["row"] for result in lab.run(base_runs([args.validation, *args.seeds]))]
 
     def relative(result, base):
         """Each root's #A_neg over the base's from the same noise."""
@@ -224,12 +224,12 @@ def decoupling(lab):
         """Below 1 both aims hold: the own branch at a half or less, no other changed by more than a tenth."""
         return max([row[own] / 0.5] + [abs(x - 1) / 0.1 for other, x in enumerate(row) if other != own])
 
-    found = iter(lab.run([(f"search_{slug(root)}_{slug(name)}", "align", dose | dict(criteria=[root], seed=args.validation) | many)
+    found = iter(lab.run([(f"search_{slug(root)}_{slug(name)}", "align", dose | dict(criteria=[root], seed=args.validation))
                           for root in roots for name, dose in doses.items()]))
     tried = {root: {name: relative(next(found), validation) for name in doses} for root in roots}
     scores = {root: {name: score(row, roots.index(root)) for name, row in tried[root].items()} for root in roots}
     best = {root: min(doses, key=scores[root].get) for root in roots}
-    results = iter(lab.run([(f"{slug(root)}_{slug(best[root])}_{seed}", "align", doses[best[root]] | dict(criteria=[root], seed=seed) | many)
+    results = iter(lab.run([(f"{slug(root)}_{slug(best[root])}_{seed}", "align", doses[best[root]] | dict(criteria=[root], seed=seed))
                             for root in roots for seed in args.seeds]))
     rows, table = {}, []
     for root in roots:
@@ -328,7 +328,8 @@ STUDIES = {f.__name__: f for f in (methods, speed, decoupling, annotation, gap, 
 
 def main(argv=None):
     """Parse the flags and run one study; what is finished is used again."""
-    parser = argparse.ArgumentParser("python -m nanocpo.study", description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    parser = argparse.ArgumentParser("python -m nanocpo.study", description=__doc__.split("\n")[0],
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter,
                                      epilog="\n".join(f"{name}: {f.__doc__}" for name, f in STUDIES.items()))
     parser.add_argument("study", choices=list(STUDIES))
     add_common_arguments(parser)
