@@ -22,7 +22,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 # file -> its tests, where the names differ
-TESTS = {"train_cpo": "train", "train_sft": "train", "text": "model", "critic": "painter", "cli": "train", "study/lab": "study",
+TESTS = {"train_cpo": "train", "train_sft": "train", "text": "model", "critic": "painter", "cli": "train", "study/lab": "study", "study/studies": "study",
          "sd/vae": "sd_parts", "sd/clip": "sd_parts", "sd/tokenizer": "sd_parts", "sd/singlefile": "sd_weights", "sd/weights": "sd_weights",
          "sd/files": "sd_weights", "sd/model": "sd_model", "sd/finetune": "sd_model", "sd/report": "sd_report"}
 
@@ -184,6 +184,10 @@ MUTANTS = [
           ("lab.taught(args)[1]", 'lab.models["auxiliary"]', "a degraded level is judged by the undegraded auxiliary"),
           ("resume=True), data, self.models", "resume=True), self.data, self.models", "stage 1 sees the whole annotation"),
           ("data, auxiliary = lab.taught(args)", "data, auxiliary = lab.data, lab.taught(args)[1]", "stage 2 sees the whole annotation")),
+    *_all("nanocpo/study/studies.py",
+          ("np.std(values, ddof=1)", "np.std(values)", "intervals over few seeds too narrow"),
+          (" >= base_caption - 0.02", " >= 0", "a setting that paints the wrong subjects is chosen"),
+          ("np.mean(relative(rows, args.validation), 1)", "np.array(relative(rows, args.validation))[:, 0]", "one validation seed decides alone")),
     *_all("nanocpo/muon.py",
           ("max(1, rows / columns) ** 0.5", "1", "tall matrices take too small a step"),
           ("factor = 3.4445", "factor = 2.4445", "the iteration does not reach 1")),

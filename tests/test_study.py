@@ -121,6 +121,27 @@ def test_speed_decoupling_and_guidance(out, monkeypatch):
     assert len(files) == 4                                        # no two runs of one name
 
 
+def test_decoupling_chooses_each_branch_dose_on_all_validation_seeds(out, monkeypatch):
+    """Made-up rows: k 0 is best at seed 101 and worst at 102, k -0.1 second at both; for Finish k -0.05 is best."""
+    moved = {("Finish", -0.05): (1.0, 1.0), **{(None, k): v for k, v in {0.0: (1.0, 1.3), -0.05: (0.88, 0.86), -0.1: (1.06, 1.06)}.items()}}
+
+    def made_up(lab, runs):
+        def row(flags):
+            if "criteria" not in flags:
+                return dict.fromkeys(roots, 2.0)                  # the base
+            own, = flags["criteria"]
+            first, second = moved.get((own, flags["strength"]), moved[None, flags["strength"]])
+            return {root: 0.4 if root == own else 2 * {101: first, 102: second}.get(flags["seed"], 1.04) for root in roots}
+        return [{"row": {"by_root": row(flags), "caption": 0.9}} for _, _, flags in runs]
+    roots = [root.name for root in from_painter(count=1).criteria.roots]
+    monkeypatch.setattr(study.Lab, "run", made_up)
+    summary, text = run(out, "decoupling", "--seeds", "4", "5")
+    assert summary["chosen"] == dict.fromkeys(roots, "k -0.1") | {"Finish": "k -0.05"}
+    assert summary["scores"]["Composition"] == pytest.approx({"k 0": 1.5, "k -0.05": 1.3, "k -0.1": 0.6})
+    assert summary["relative"]["Finish"] == [[1.04, 1.04]] * 5 + [[0.2, 0.2]]
+    assert "Largest own share 0.20, largest change of another 0.04." in text and "seeds 101, 102" in text and "--seeds 4 5`" in text
+
+
 def test_runs_shared_among_processes_are_those_made_one_by_one(out, monkeypatch):
     """--jobs starts processes of their own, which load data and models for themselves."""
     monkeypatch.setattr(study, "GUIDANCE", (2.0,))

@@ -47,8 +47,7 @@ METHODS = {
 SAMPLERS = {"base": ("base", "plain"), "auxiliary prompted": ("auxiliary", "prompted"), "auxiliary guided": ("auxiliary", "guided")}
 SPEED = {rule: dict(stabilizer=rule, strength=STRENGTH[rule]) for rule in RULES}
 SPEED["none, slower"] = dict(stabilizer="none", lr=5e-5)          # the rate at which vanilla does best (study methods)
-# Of decoupling: at z_win, or a little short of it (E12), or on the way to it.
-DOSES = {"k 0": dict(strength=0.0), "k -0.15": dict(strength=-0.15), "k 0, 75 steps": dict(strength=0.0, steps=75)}
+DOSES = {"k 0": 0.0, "k -0.05": -0.05, "k -0.1": -0.1}             # of decoupling: the target ends at z_win, or a little short of it (E12)
 LEVELS = {"as painted": {}}                                       # of annotation: shares of leaves judged (90 % as painted), of verdicts wrong
 LEVELS |= {f"{share} % judged": dict(judged=share / 100, wrong=0.0) for share in (75, 50, 25, 10)}
 LEVELS |= {f"{share} % wrong": dict(judged=0.9, wrong=share / 100) for share in (5, 10, 20)}
@@ -90,7 +89,8 @@ def publish(args, summary, *parts):
     stem = args.study if args.data == "flawed" else f"{args.study}_{Path(args.data).name}"
     (folder / f"{stem}.json").write_text(json.dumps(summary, indent=1, ensure_ascii=False), encoding="utf-8")
     some = " --only " + " ".join(f'"{name}"' for name in args.only) if args.only else ""
-    some += f" --seeds {' '.join(map(str, args.seeds))}" if args.seeds != [1, 2, 3] else ""
+    for flag, usual in (("seeds", [1, 2, 3]), ("validation", [101, 102])):
+        some += f" --{flag} {' '.join(map(str, vars(args)[flag]))}" if vars(args)[flag] != usual else ""
     how = (f"`python -m nanocpo.study {args.study} --data {args.data}{some}`; {args.steps} steps of {args.batch} pictures, {args.samples} "
            f"pictures a row, {args.sampling_steps} sampling steps, seeds {', '.join(map(str, args.seeds))} (95 % intervals over seeds, "
            f"Student's t), base and auxiliary of seed {args.seed}.")
@@ -124,7 +124,7 @@ def base_runs(seeds, **overrides):
 def methods(lab):
     """CPO with every stabilizer against what it extends: same base, same number of pictures seen, the same small search for each."""
     args = lab.args
-    search = dict(seed=args.validation, samples=args.search_samples)
+    search = dict(seed=args.validation[0], samples=args.search_samples)
     base_caption = lab.run([("search_base", "sample", dict(model="base", prompt="plain") | search)])[0]["row"]["caption"]
     rows = chosen_rows(args, METHODS)
     half = {name: {"batch": args.batch // 2} if fixed.get("method") == "dpo" else {} for name, (fixed, _) in rows.items()}   # pairs
@@ -149,7 +149,7 @@ def methods(lab):
                                   for (key, _, _), setting in zip(runs, rows[name][1]))] for name, runs in tries.items()])
     real = np.mean([r["row"]["real_diversity"] for rs in results.values() for r in rs])
     stem = publish(args, {"rows": results, "chosen": best}, text, f"Real all-positive paintings: diversity {real:.3f}.",
-                   f"The search (seed {args.validation}, {args.search_samples} pictures; #A_neg / caption accuracy; base caption "
+                   f"The search (seed {args.validation[0]}, {args.search_samples} pictures; #A_neg / caption accuracy; base caption "
                    f"{base_caption:.3f}). " + " ".join(choose.__doc__.split("Returns")[0].split()), searched)
     bar_chart(f"{stem}.png", {name: over_seeds(column(name, "neg")) for name in results},
               f"Negative attributes per picture ({args.data} data)",
@@ -214,39 +214,41 @@ def decoupling(lab):
     """Align one branch at a time, measure all of them: the diagonal should fall to a half, the rest stay within a tenth."""
     lab = Lab(changed(lab.args, samples=2 * lab.args.samples))            # a tenth of a small number is soon lost in the noise
     args, roots, doses = lab.args, [root.name for root in lab.data.criteria.roots], chosen_rows(lab.args, DOSES)
-    validation, *bases = [result["row"] for result in lab.run(base_runs([args.validation, *args.seeds]))]
+    seeds = args.validation + args.seeds
+    bases = {seed: result["row"] for seed, result in zip(seeds, lab.run(base_runs(seeds)))}
 
-    def relative(result, base):
-        """Each root's #A_neg over the base's from the same noise."""
-        return [result["row"]["by_root"][root] / max(base["by_root"][root], 0.01) for root in roots]
+    def aligned(choices, seeds):
+        """[(root, dose)] -> for each of them, the rows of the targets aligned so, one a seed."""
+        found = iter(lab.run([(f"{slug(root)}_{slug(dose)}_{seed}", "align", dict(criteria=[root], strength=doses[dose], seed=seed))
+                              for root, dose in choices for seed in seeds]))
+        return [[next(found)["row"] for _ in seeds] for _ in choices]
+
+    def relative(rows, seeds):
+        """#A_neg of each root over the base's from the same noise: (roots, seeds)."""
+        return [[row["by_root"][root] / max(bases[seed]["by_root"][root], 0.01) for row, seed in zip(rows, seeds)] for root in roots]
 
     def score(row, own):
         """Below 1 both aims hold: the own branch at a half or less, no other changed by more than a tenth."""
         return max([row[own] / 0.5] + [abs(x - 1) / 0.1 for other, x in enumerate(row) if other != own])
 
-    found = iter(lab.run([(f"search_{slug(root)}_{slug(name)}", "align", dose | dict(criteria=[root], seed=args.validation))
-                          for root in roots for name, dose in doses.items()]))
-    tried = {root: {name: relative(next(found), validation) for name in doses} for root in roots}
-    scores = {root: {name: score(row, roots.index(root)) for name, row in tried[root].items()} for root in roots}
+    trials = [(root, dose) for root in roots for dose in doses]
+    tried = {trial: np.mean(relative(rows, args.validation), 1) for trial, rows in zip(trials, aligned(trials, args.validation))}
+    scores = {root: {dose: score(tried[root, dose], own) for dose in doses} for own, root in enumerate(roots)}
     best = {root: min(doses, key=scores[root].get) for root in roots}
-    results = iter(lab.run([(f"{slug(root)}_{slug(best[root])}_{seed}", "align", doses[best[root]] | dict(criteria=[root], seed=seed))
-                            for root in roots for seed in args.seeds]))
-    rows, table = {}, []
-    for root in roots:
-        some = [next(results) for _ in args.seeds]
-        rows[root] = list(zip(*(relative(result, base) for result, base in zip(some, bases))))           # (roots, seeds)
-        table.append([f"{root} ({best[root]})", *map(written, rows[root]), written([r["row"]["caption"] for r in some], 3)])
+    found = dict(zip(roots, aligned(list(best.items()), args.seeds)))
+    rows = {root: relative(found[root], args.seeds) for root in roots}
+    table = [[f"{root} ({best[root]})", *map(written, rows[root]), written([row["caption"] for row in found[root]], 3)] for root in roots]
     means = [[over_seeds(values)[0] for values in rows[root]] for root in roots]
     worst = max(abs(x - 1) for i, row in enumerate(means) for j, x in enumerate(row) if i != j)
-    searched = markdown(["branch", *doses], [[root, *(f"{scores[root][name]:.2f} (own {tried[root][name][i]:.2f})" for name in doses)]
-                                             for i, root in enumerate(roots)])
+    searched = markdown(["branch", *doses], [[root, *(f"{scores[root][dose]:.2f} (own {tried[root, dose][own]:.2f})" for dose in doses)]
+                                             for own, root in enumerate(roots)])
     stem = publish(args, {"roots": roots, "chosen": best, "relative": rows, "scores": scores, "base": bases},
                    "#A_neg of each root dimension over the base's from the same noise; rows: the branch that was aligned (and its dose). Base: "
-                   + ", ".join(f"{root} {np.mean([b['by_root'][root] for b in bases]):.2f}" for root in roots)
-                   + f"; caption {np.mean([b['caption'] for b in bases]):.3f}.", markdown(["aligned on", *roots, "caption"], table),
+                   + ", ".join(f"{root} {np.mean([bases[seed]['by_root'][root] for seed in args.seeds]):.2f}" for root in roots)
+                   + f"; caption {np.mean([bases[seed]['caption'] for seed in args.seeds]):.3f}.", markdown(["aligned on", *roots, "caption"], table),
                    f"Largest own share {max(means[i][i] for i in range(len(roots))):.2f}, largest change of another {worst:.2f}.",
-                   f"The search, seed {args.validation}: the worse of (own share / 0.5) and (largest change of another / 0.1); below 1 both "
-                   "aims hold. Each branch takes the dose with the smallest.", searched)
+                   f"The search, means over seeds {', '.join(map(str, args.validation))}: the worse of (own share / 0.5) and (largest change "
+                   "of another / 0.1); below 1 both aims hold. Each branch takes the dose with the smallest.", searched)
     matrix_chart(f"{stem}.png", means, roots, roots, "Align one branch, measure all: #A_neg over the base's",
                  "row: aligned branch; column: measured branch")
 
@@ -337,7 +339,8 @@ def main(argv=None):
     add_cpo_arguments(parser)
     parser.add_argument("--results", default="docs/results", help="folder for the JSON, Markdown and PNG that are kept")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="training and sampling seeds that are reported")
-    parser.add_argument("--validation", type=int, default=101, help="the seed on which settings are chosen")
+    parser.add_argument("--validation", type=int, nargs="+", default=[101, 102], help="seeds on which settings are chosen: `methods` "
+                        "takes the first, `decoupling` the mean over all")
     parser.add_argument("--search-samples", type=int, default=256, help="pictures a row of the search")
     parser.add_argument("--curve-samples", type=int, default=256, help="pictures a point of the curves of `speed`")
     parser.add_argument("--batches", type=int, default=8, help="batches that `gap` looks at")
