@@ -26,10 +26,16 @@ def pick_device(name):
 
 
 def command(main):
-    """Run a script's main(). An error that its user can mend (ValueError or one that this package made of it), or that a file system or a
-    diverging training raises, is told in one line and ends with status 1; `python -X dev` shows where it arose, as all other errors do."""
+    """Run a script's main(). An error that its user can mend (ValueError or one that this package made of it), or that a file system, a
+    diverging training or a full GPU raises, is told in one line and ends with status 1; `python -X dev` shows where it arose, as all other
+    errors do."""
     try:
         main()
+    except torch.cuda.OutOfMemoryError as error:
+        if sys.flags.dev_mode:
+            raise
+        sys.exit("error: the GPU's memory is full: a smaller --batch needs less in training, --checkpointing too (with --weights); with "
+                 f"--weights also --dtype bfloat16 and a smaller --resolution ({str(error).split('. ')[0]})")
     except (ValueError, OSError, FloatingPointError) as error:
         # not JSON's or Unicode's ValueError; a file that is run with python -m is called __main__
         own = type(error) is ValueError or type(error).__module__.split(".")[0] in ("nanocpo", "__main__")

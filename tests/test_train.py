@@ -227,6 +227,8 @@ def test_what_the_user_can_mend_is_told_in_one_line_and_a_bug_with_its_traceback
     for error in (CriteriaError("no dimension"), FileNotFoundError("no file"), FloatingPointError("diverged")):
         with pytest.raises(SystemExit, match=f"^error: {error}$"):
             command(fails(error))
+    with pytest.raises(SystemExit, match=r"^error: the GPU's memory is full: a smaller --batch .*\(Tried to allocate 2 GiB\)$"):
+        command(fails(torch.cuda.OutOfMemoryError("Tried to allocate 2 GiB. GPU 0 has a total capacity of 1 GiB")))
     for bug in (KeyError("a bug"), json.JSONDecodeError("no JSON, no file named", "", 0), UnicodeDecodeError("utf-8", b"x", 0, 1, "bad")):
         with pytest.raises(type(bug)):
             command(fails(bug))
