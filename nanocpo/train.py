@@ -11,7 +11,7 @@ from tqdm import tqdm
 from .cli import above, pick_device
 from .criteria import Criteria
 from .data import from_folder, from_painter
-from .model import load_checkpoint, save_atomic
+from .model import load_checkpoint, save_atomic, whole_file
 from .muon import Muon
 
 REGIMES = "flawed", "mixed"               # what --data can be beside a folder
@@ -25,7 +25,7 @@ class Recipe:
     lr: float                               # of AdamW's part; Muon's part takes ten times as much
     warmup: int = 50                        # steps of linear warm-up
     constant: float = 0.3                   # share of the run at full rate; then a line down to zero
-    ema: float = 0.995                      # averaging of weights (with a shorter memory at the start)
+    ema: float = 0.995                      # averaging of weights, with a shorter memory before step 1,790 (the toy's runs are shorter)
     clip: float = 1.0                       # largest gradient norm
 
     def lr_at(self, step):
@@ -76,7 +76,7 @@ def fit(model, loss_step, recipe, path, *, name, seed=0, bf16=False, resume=Fals
     average = model.frozen_copy()
     run = {"steps": recipe.steps, "lr": recipe.lr, "seed": seed, "bf16": bf16} | (run or {})
     optimizer = Muon(model, recipe.lr)
-    first, lines, log_file = 0, [], path.with_suffix(".jsonl")
+    first, lines, logged, log_file = 0, [], None, path.with_suffix(".jsonl")
     if resume and path.exists():
         state = load_checkpoint(path)
         was = state.get("run", {}) | {"model": state["config"], "tree": state["criteria"]}
@@ -91,10 +91,13 @@ def fit(model, loss_step, recipe, path, *, name, seed=0, bf16=False, resume=Fals
         generator.set_state(state["rng"])
         first = state["step"]
         if log_file.exists():
-            whole = [line for line in log_file.read_text().splitlines() if line.endswith("}}")]           # the last may be torn
+            logged = log_file.read_text()
+            whole = [line for line in logged.splitlines() if line.endswith("}}")]                         # the last may be torn
             lines = [line for line in whole if json.loads(line)["step"] <= first]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    log_file.write_text("".join(line + "\n" for line in lines))
+    text = "".join(line + "\n" for line in lines)
+    if text != logged:                                                    # several processes may look at one finished run
+        with whole_file(log_file) as temporary:
+            temporary.write_text(text)
 
     window, line = [], json.loads(lines[-1]) if lines else {}
     start = time.time() - line.get("seconds", 0)                          # a resumed run counts on
@@ -110,8 +113,8 @@ def fit(model, loss_step, recipe, path, *, name, seed=0, bf16=False, resume=Fals
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
         if not torch.isfinite(norm):
-            raise FloatingPointError(f"{name}, step {step}: the gradient is {norm.item()}; lower --lr or leave --bf16 out. "
-                                     f"The last checkpoint stays in {path}")
+            kept = f"The last checkpoint stays in {path}" if path.exists() else "No checkpoint was written yet"
+            raise FloatingPointError(f"{name}, step {step}: the gradient is {norm.item()}; lower --lr or leave --bf16 out. {kept}")
         optimizer.step()
         decay = min(recipe.ema, (step + 1) / (step + 10))
         with torch.no_grad():

@@ -3,6 +3,7 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -106,6 +107,12 @@ def test_tensor_round_trip_is_exact():
     assert tensor[0, 2, 1, 0].item() == pytest.approx(images[0, 1, 0, 2] / 127.5 - 1)       # channels first, rows stay rows
     assert (to_images(tensor) == images).all() and to_images(tensor).dtype == np.uint8
     assert to_images(torch.tensor([-3.0, 3.0]).reshape(2, 1, 1, 1)).ravel().tolist() == [0, 255]    # clipped, not wrapped
+
+
+def test_a_digest_tells_pictures_verdicts_and_captions_apart():
+    data = from_painter(count=4)
+    others = [replace(data, annotations=-data.annotations), replace(data, images=255 - data.images), replace(data, captions=["x"] * 4)]
+    assert len({d.digest() for d in (data, *others)}) == 4 and from_painter(count=4).digest() == data.digest()
 
 
 def test_batch_holds_the_pictures_that_were_asked_for():

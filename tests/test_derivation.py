@@ -253,7 +253,7 @@ def one_step(*flags):
     for seed in range(3):
         torch.manual_seed(seed)
         models.append(Model(DATA.criteria, sorted(set(DATA.captions)), TINY, text_dim=16).frozen_copy())
-        torch.nn.init.normal_(models[-1].unet.conv_out.weight, std=0.1)                  # it starts at 0, where all models agree
+        torch.nn.init.normal_(models[-1].unet.conv_out.weight, std=0.1)                  # models that differ visibly
         models[-1].register_forward_hook(lambda module, arguments, output: seen.update({module: output.double()}))
     reference, auxiliary, target = models
     step = train_cpo.cpo_step(args, DATA, reference, auxiliary, list(range(len(DATA.criteria))))

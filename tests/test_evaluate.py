@@ -59,9 +59,10 @@ def test_every_row_is_asked_in_its_way():
         criteria, captions = CRITERIA, ["a boat"]
 
         def sample(self, prompts, negative, guidance, steps, seed):
-            self.seen = prompts, negative, guidance
+            self.seen = prompts, negative, guidance, steps, seed
             return torch.zeros(len(prompts), 3, 32, 32)
     models = {kind: (Asked(), kind) for kind in ("plain", "prompted", "guided")}
-    evaluate(models, samples=2, guidance=3.0)
+    evaluate(models, samples=2, seed=5, steps=7, guidance=3.0)
     plain, positive, negative = all_prompts(CRITERIA, ["a boat"] * 2)
-    assert [model.seen for model, _ in models.values()] == [(plain, None, 1.0), (positive, None, 1.0), (positive, negative, 3.0)]
+    asked = [(plain, None, 1.0), (positive, None, 1.0), (positive, negative, 3.0)]
+    assert [model.seen for model, _ in models.values()] == [(*how, 7, 5) for how in asked]

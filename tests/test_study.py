@@ -27,7 +27,7 @@ def out(tmp_path_factory):
     for seed, name in enumerate(("base", "auxiliary")):
         torch.manual_seed(seed)
         model = Model(data.criteria, sorted(set(data.captions)), TINY, text_dim=16)
-        torch.nn.init.normal_(model.unet.conv_out.weight, std=0.1)           # it starts at 0, where all models agree
+        torch.nn.init.normal_(model.unet.conv_out.weight, std=0.1)           # models that differ visibly
         save_atomic(folder / f"{name}.pt", {"config": model.config, "criteria": model.criteria.to_dict(), "model": model.state_dict(),
                                             "ema": model.state_dict(), "step": 1, "steps": 1})
     return folder
@@ -50,6 +50,9 @@ def test_methods_searches_then_measures_and_is_never_repeated(out, monkeypatch, 
     dpo, cpo = summary["rows"]["Diffusion-DPO"][0], summary["rows"]["CPO constant"][0]
     assert dpo["images"] == cpo["images"] == 8 and dpo["settings"]["batch"] == 2 and dpo["settings"]["seed"] == 1
     chosen = summary["chosen"]["CPO constant"]
+    searched = [json.loads(path.read_text())["settings"] for path in (out / "study" / "methods").glob("search_*.json")]
+    assert len(searched) == 9 and {s["seed"] for s in searched} == {101}     # what is chosen on is not what is reported
+    assert [s["batch"] for s in searched if s["kind"] == "align" and s["method"] == "dpo"] == [2] * 4
     assert chosen in study.METHODS["CPO constant"][1] and cpo["settings"]["lr"] == chosen["lr"]
     assert "| CPO constant |" in text and " ± " in text and "setting 4" in text and '--only "CPO constant" "Diffusion-DPO" --seeds 1 2`;' in text
     assert not list((out / "study" / "methods").glob("*.pt")) and list((out / "study" / "methods").glob("CPO_constant_1.png"))
@@ -90,7 +93,7 @@ def test_a_run_of_degraded_annotations_has_data_and_auxiliary_of_its_own(tmp_pat
 
     def align(args, data, base, auxiliary):
         (tmp_path / "x.pt").write_text("")
-        return f"{share(data):.2f}, {auxiliary}", {}
+        return f"{share(data):.2f}, {auxiliary}", {"seconds": 1}
     monkeypatch.setattr(lab, "train_auxiliary", lambda args, data, base: (f"taught by {share(data):.2f}", {}))
     monkeypatch.setattr(lab, "align", align)
     monkeypatch.setattr(lab, "measured", lambda lab, args, model, kind="plain": model)
@@ -166,7 +169,61 @@ def test_gap_keeps_the_guarantees_on_free_outputs(out, monkeypatch):
                 assert effect["winner rose"] == 0, effect
             if effect["rule"] == "balance":
                 assert effect["loser fell"] == 0, effect
+    assert any(e["winner rose"] or e["loser fell"] for e in summary["effects"] if e["optimizer"] == "Adam"), summary["effects"]
     assert len(summary["effects"]) == 6 * 2 * 2
+
+
+def test_a_row_is_measured_with_the_run_s_own_settings(monkeypatch):
+    seen = []
+    monkeypatch.setattr(lab, "save_grid", lambda *arguments, **settings: None)
+    monkeypatch.setattr(lab, "evaluate", lambda models, *rest: seen.append((models, *rest)) or
+                        ({"rows": {"row": {"neg": 1}}, "real_positive": {"diversity": 0}}, {"row": np.zeros((1, 32, 32, 3))}))
+    args = Namespace(samples=8, seed=5, sampling_steps=3, guidance=4.0, out="o", name="n")
+    assert lab.measured(None, args, "model", "guided") == {"neg": 1, "real_diversity": 0}
+    assert seen == [({"row": ("model", "guided")}, 8, 5, 3, 4.0)]
+
+
+def test_a_curve_is_never_resumed_and_a_run_counts_its_log_s_seconds(tmp_path, monkeypatch):
+    args, seen = Namespace(out=str(tmp_path), name="x", every=2, method="cpo", steps=4, batch=3, resume=True), []
+
+    def align(args, data, base, auxiliary, watch=None):
+        seen.append((args.resume, getattr(args, "sample_every", None)))
+        (tmp_path / "x.pt").write_text("")
+        if watch:
+            watch("average", 2)
+        return "target", {"seconds": 70.5}
+    monkeypatch.setattr(lab, "align", align)
+    monkeypatch.setattr(lab, "measured", lambda lab, args, model: dict.fromkeys(("neg", "caption", "diversity", "frechet"), model))
+    room = lab.Lab(args)
+    room.data, room.models = None, {"base": None, "auxiliary": None}
+    (point,) = lab.curve_run(room, args)["curve"]
+    assert point["step"] == 2 and point["neg"] == "average" and lab.align_run(room, args)["seconds"] == 70.5
+    assert seen == [(False, 2), (True, None)] and not (tmp_path / "x.pt").exists()
+
+
+def test_results_of_other_data_or_models_are_no_results(out, tmp_path, monkeypatch):
+    """The same flags are not enough: the auxiliary may have been trained anew, the folder annotated again."""
+    monkeypatch.setitem(lab.KINDS, "sample", lambda lab, args: {"row": 1})
+
+    def room(data=from_painter(count=3), auxiliary="auxiliary"):
+        made = lab.Lab(Namespace(study="x", out=str(tmp_path)))
+        made.data, made.models = data, {name: load_model(out / f"{file}.pt") for name, file in (("base", "base"), ("auxiliary", auxiliary))}
+        return made
+    runs = [("key", "sample", {})]
+    assert room().run(runs)[0]["row"] == 1 == room().run(runs)[0]["row"]
+    with pytest.raises(ValueError, match="key.json was made with other settings .auxiliary model.; delete it"):
+        room(auxiliary="base").run(runs)
+    with pytest.raises(ValueError, match="other settings .pictures.; delete it"):
+        room(from_painter(count=4)).run(runs)
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["methods", "--batch", "1"], "Diffusion-DPO's batch"), (["speed", "--curve-samples", "1"], "needs two pictures"),
+    (["gap", "--only", "none"], "no rows to choose from"), (["gap", "--jobs", "0"], "must be above 0")])
+def test_flags_of_a_study_that_make_no_sense_are_refused_at_once(capsys, flags, words):
+    with pytest.raises(SystemExit):
+        study.main(flags)
+    assert words in capsys.readouterr().err
 
 
 def test_world_draws(out, monkeypatch):

@@ -14,12 +14,12 @@ import train_cpo
 import train_sft
 from nanocpo import cli
 from nanocpo.cli import command, pick_device
-from nanocpo.criteria import Criteria, CriteriaError
+from nanocpo.criteria import Criteria, CriteriaError, Prompt
 from nanocpo.data import Batch, from_painter
 from nanocpo.evaluate import evaluate, unfit
 from nanocpo.losses import sft_loss
-from nanocpo.model import Model, load_model
-from nanocpo.train import Recipe, draw_t, drop_caption, finished, fit, noised, summarize
+from nanocpo.model import Model, load_checkpoint, load_model, save_atomic
+from nanocpo.train import Recipe, draw_t, drop_caption, finished, fit, load_data, noised, summarize
 from nanocpo.unet import UNetConfig
 
 TINY = UNetConfig(channels=(16, 32), depth=(0, 1), heads=(2, 2), groups=8, context_dim=16, vector_dim=16)
@@ -142,13 +142,36 @@ def test_one_step_moves_every_parameter_and_lowers_the_loss_on_a_fixed_batch(tmp
 
 
 def test_average_follows_with_the_stated_decay(tmp_path):
-    model = tiny_model()
-    start = model.unet.conv_in.weight.detach().clone()
-    average, _ = fit(model, sft_step, Recipe(1, 1e-2, warmup=1), tmp_path / "x.pt", name="x")
-    now = model.unet.conv_in.weight.detach()
-    # step 0: decay 1 / 10
-    torch.testing.assert_close(average.unet.conv_in.weight, start + (1 - 1 / 10) * (now - start))
-    assert torch.equal(load_model(tmp_path / "x.pt").unet.conv_in.weight, average.unet.conv_in.weight)
+    """(1 + step) / (10 + step), at most Recipe.ema."""
+    seen, model = [], tiny_model()
+    weights = lambda: model.unet.conv_in.weight.detach().clone()
+
+    def step(model, generator):
+        seen.append(weights())
+        return sft_step(model, generator)
+    average, _ = fit(model, step, Recipe(4, 1e-2, warmup=1, ema=0.25), tmp_path / "x.pt", name="x")
+    by_hand = seen[0]
+    for decay, now in zip((1 / 10, 2 / 11, 0.25, 0.25), (*seen[1:], weights()), strict=True):
+        by_hand = decay * by_hand + (1 - decay) * now
+    torch.testing.assert_close(average.unet.conv_in.weight, by_hand)
+
+
+def test_the_optimizer_gets_the_rate_of_the_schedule(tmp_path):
+    recipe = Recipe(10, 1e-3, warmup=2)
+    fit(tiny_model(), sft_step, recipe, tmp_path / "x.pt", name="x")
+    rates = {group["lr"] for group in load_checkpoint(tmp_path / "x.pt")["optimizer"]["param_groups"]}
+    assert rates == {recipe.lr_at(9)} and recipe.lr_at(9) == pytest.approx(1e-3 / 7)
+
+
+def test_a_stage_trains_as_its_flags_say(tmp_path, monkeypatch):
+    monkeypatch.setattr(train_sft, "fit", lambda *arguments, **named: (arguments, named))
+    args = cpo_arguments("--resume", "--bf16", "--seed", "3", "--save-every", "7", "--out", str(tmp_path))
+    (model, step, recipe, path), named = train_sft.run_stage(args, tiny_model(), "step", "x", 9, 1e-3, {})
+    assert (step, recipe.steps, recipe.lr, path) == ("step", 9, 1e-3, tmp_path / "x.pt")
+    assert [named[key] for key in ("resume", "bf16", "seed", "save_every", "sample_every")] == [True, True, 3, 7, 0]
+    flawed, mixed = (load_data(cpo_arguments("--data", regime, "--count", "200", "--seed", "3")) for regime in ("flawed", "mixed"))
+    assert (mixed.annotations < 0).sum(1).min() < 4 and mixed.digest() == from_painter(count=200, regime="mixed", seed=3).digest()
+    assert flawed.digest() == from_painter(count=200, seed=3).digest()
 
 
 def test_gradient_is_clipped_and_a_broken_one_stops_the_run(tmp_path):
@@ -162,8 +185,9 @@ def test_gradient_is_clipped_and_a_broken_one_stops_the_run(tmp_path):
         fit(model, scaled(factor), Recipe(1, 1e-3, clip=0.5), tmp_path / "x.pt", name="x")
         norm = torch.cat([p.grad.flatten() for p in model.parameters()]).norm().item()
         assert norm == pytest.approx(expected, rel=1e-3) if expected else norm < 0.1
-    with pytest.raises(FloatingPointError, match="x, step 0.*x.pt"):
-        fit(tiny_model(), scaled(float("nan")), Recipe(3, 1e-3), tmp_path / "x.pt", name="x")
+    for path, kept in ((tmp_path / "x.pt", "last checkpoint stays in .*x.pt"), (tmp_path / "y.pt", "No checkpoint was written yet")):
+        with pytest.raises(FloatingPointError, match=f"x, step 0.*{kept}"):
+            fit(tiny_model(), scaled(float("nan")), Recipe(3, 1e-3), path, name="x")
 
 
 def test_learning_rate_warms_up_holds_and_falls_to_zero():
@@ -346,6 +370,17 @@ def test_first_cpo_step_has_loss_log_2_and_a_gradient():
     assert sum(p.grad.abs().sum() for p in target.parameters() if p.grad is not None) > 0
 
 
+def test_a_cpo_step_takes_rule_strength_and_beta_from_the_flags():
+    base, auxiliary, target = (tiny_model(seed).frozen_copy() for seed in range(3))
+
+    def logs(*flags):
+        step = train_cpo.cpo_step(cpo_arguments(*flags), DATA, base, auxiliary, list(range(len(CRITERIA))))
+        return step(target, torch.Generator().manual_seed(0))[1]
+    assert logs()["lam"].tolist() == pytest.approx([0.55] * 8)            # the default: constant
+    assert logs("--stabilizer", "none")["lam"].tolist() == [1] * 8 and logs("--criteria", "Finish")["lam"].tolist() == [0] * 8
+    torch.testing.assert_close(logs("--beta", "4")["margin"], 2 * logs("--beta", "2")["margin"])
+
+
 def test_a_branch_is_pulled_more_gently_unless_told_otherwise():
     parser = argparse.ArgumentParser()
     train_cpo.add_cpo_arguments(parser)
@@ -425,6 +460,16 @@ def test_dpo_pairs_share_caption_t_and_noise_and_the_winner_has_fewer_negatives(
         assert pair.flatten()[j] < 1e-2 and badness[j // len(x0)] < badness[j % len(x0)]
 
 
+def test_each_dpo_picture_is_compared_with_its_own_reference():
+    """A target that is the reference has equal errors on both sides, picture by picture, and the loss log 2."""
+    base = tiny_model().frozen_copy()
+    loss, logs, _ = train_cpo.dpo_step(cpo_arguments(), DATA.split("train"), base, list(range(12)))(base, torch.Generator().manual_seed(0))
+    assert loss.item() == pytest.approx(math.log(2), abs=1e-5)
+    for side in ("winner", "loser"):
+        torch.testing.assert_close(logs[side], logs[f"{side}_ref"])
+    assert not torch.allclose(logs["winner"], logs["loser"])
+
+
 def test_unfit_checkpoints_are_refused(tmp_path):
     train_sft.main(["--out", str(tmp_path), "--count", "40", "--base-steps", "1", "--sft-steps", "1", "--batch", "4", "--sample-every", "0"])
     args = cpo_arguments("--out", str(tmp_path))
@@ -473,6 +518,40 @@ def test_scripts_from_nothing_to_a_report(tmp_path, capsys):
     assert not np.array_equal(guided, images)
 
 
+def test_the_report_asks_each_model_in_its_way(tmp_path, monkeypatch):
+    """The target sees plain captions; the rows that are kept belong to one base and one auxiliary."""
+    asked, (base, auxiliary, target) = {}, (tiny_model(seed).frozen_copy() for seed in range(3))
+
+    def spy(models, *settings):
+        asked.clear()
+        asked.update(models)
+        return evaluate(models, *settings)
+    monkeypatch.setattr(train_cpo, "evaluate", spy)
+    args = cpo_arguments("--out", str(tmp_path), "--samples", "4", "--sampling-steps", "2")
+    train_cpo.report(args, base, auxiliary, target, 0)
+    of_auxiliary = {"auxiliary": "plain", "auxiliary_prompted": "prompted", "auxiliary_guided": "guided"}
+    stage_1 = {"base": (base, "plain")} | {name: (auxiliary, kind) for name, kind in of_auxiliary.items()}
+    assert asked == stage_1 | {"target": (target, "plain")}
+    train_cpo.report(args, base, auxiliary, target, 0)
+    assert asked == {"target": (target, "plain")}
+    train_cpo.report(args, base, base, target, 0)                         # another auxiliary
+    assert list(asked) == [*stage_1, "target"]
+
+
+def test_samples_go_towards_the_positive_and_away_from_the_negative(tmp_path, monkeypatch):
+    seen, model = [], tiny_model()
+    save_atomic(tmp_path / "x.pt", {"config": model.config, "criteria": CRITERIA.to_dict(), "model": model.state_dict(),
+                                    "ema": model.state_dict(), "step": 1, "steps": 1})
+    monkeypatch.setattr(Model, "sample", lambda self, *asked: seen.append(asked) or torch.zeros(len(asked[0]), 3, 32, 32))
+    flags = ["--checkpoint", str(tmp_path / "x.pt"), "--caption", "a boat", "--count", "1", "--positive", "Level", "--negative", "blurred edges",
+             "--seed", "4", "--steps", "9", "--eta", "0.5", "--device", "cpu", "--out", str(tmp_path / "x.png")]
+    for guidance in ("2", "1"):
+        sample.main([*flags, "--guidance", guidance])
+    good, bad = ("level horizon",), ("blurred edges",)
+    assert seen[0] == ([Prompt("a boat", good)], [Prompt("a boat", (), bad)], 2.0, 9, 0.5, 4)
+    assert seen[1][0] == [Prompt("a boat", good, bad)]                    # without guidance one prompt carries both sides
+
+
 def test_own_tree_and_captions_train_without_a_report(tmp_path, capsys):
     tree = {"name": "Mine", "children": [{"name": "Mood", "positive": "calm", "negative": "restless"}]}
     data = from_painter(count=12)
@@ -515,6 +594,15 @@ def test_base_and_auxiliary_are_used_again_only_for_the_same_data(tmp_path, caps
     listing.write_text("\n".join(listing.read_text().splitlines()[::-1]))
     with pytest.raises(ValueError, match="base.pt was made with another data than"):
         train_sft.main(flags)
+
+
+def test_a_half_trained_auxiliary_is_no_teacher(tmp_path):
+    args = cpo_arguments("--out", str(tmp_path), "--base-steps", "1", "--sft-steps", "2")
+    train_sft.ensure_models(args, DATA)
+    path = tmp_path / "auxiliary.pt"
+    save_atomic(path, load_checkpoint(path) | {"step": 1})                # as if it had been killed
+    train_sft.ensure_models(args, DATA)
+    assert finished(path)
 
 
 def test_a_report_is_only_written_of_the_painters_kind_of_picture(tmp_path):

@@ -21,7 +21,7 @@ from train_sft import ensure_models, train_auxiliary
 from ..evaluate import evaluate
 from ..grid import save_grid
 from ..losses import RULES
-from ..model import whole_file
+from ..model import fingerprint, whole_file
 from ..muon import Muon
 from ..train import changed, load_data, summarize
 
@@ -51,6 +51,11 @@ class Lab:
     def models(self):
         base, auxiliary = ensure_models(self.args, self.data)
         return {"base": base, "auxiliary": auxiliary}
+
+    @cached_property
+    def sources(self):
+        """Digests of the data and models that every run starts from."""
+        return {"pictures": self.data.digest()} | {f"{name} model": fingerprint(model) for name, model in self.models.items()}
 
     def taught(self, args):
         """(data, auxiliary) of a run: the folder's, or, if the run names these shares, as if experts had judged only args.judged of
@@ -82,15 +87,16 @@ class Lab:
 
     def settings(self, run):
         """All that decides a run's result, to tell whether a file still answers the question."""
-        flags = vars(changed(self.args, **run[2]))
+        flags = vars(changed(self.args, **run[2])) | self.sources
         unrelated = {"study", "out", "results", "jobs", "seeds", "validation", "only", "resume", "save_every", "sample_every", "device",
                      "name", "search_samples", "curve_samples", "batches", "step_size", "world_steps"} - set(run[2])
         return {"kind": run[1]} | {k: v for k, v in sorted(flags.items()) if k not in unrelated}
 
     def read(self, run):
         result = json.loads(self.path(run[0]).read_text(encoding="utf-8"))
-        if result["settings"] != json.loads(json.dumps(self.settings(run))):
-            different = [k for k, v in self.settings(run).items() if result["settings"].get(k) != v]
+        was, now = result["settings"], json.loads(json.dumps(self.settings(run)))
+        if was != now:
+            different = sorted(k for k in was | now if was.get(k) != now.get(k))
             raise ValueError(f"{self.path(run[0])} was made with other settings ({', '.join(different)}); delete it or choose "
                              "another --out")
         return result
@@ -128,11 +134,9 @@ def sample_run(lab, args):
 def align_run(lab, args):
     """Stage 2, then its row. Images seen: a pair of Diffusion-DPO is two."""
     data, auxiliary = lab.taught(args)
-    start = time.time()
     target, line = align(args, data, lab.models["base"], auxiliary)
-    seconds = time.time() - start
     checkpoint = Path(args.out) / f"{args.name}.pt"
-    result = {"row": measured(lab, args, target), "seconds": round(seconds, 1),
+    result = {"row": measured(lab, args, target), "seconds": line["seconds"],       # the log's: a resumed run counts on
               "images": args.steps * args.batch * (2 if args.method == "dpo" else 1),
               "log": {k: v for k, v in line.items() if k != "per_t"}}
     checkpoint.unlink()                                           # the numbers and the pictures stay, tens of megabytes do not
@@ -140,7 +144,7 @@ def align_run(lab, args):
 
 
 def curve_run(lab, args):
-    """Stage 2, measured every args.every steps."""
+    """Stage 2, measured every args.every steps; never resumed, for the points before would be lost."""
     curve, start, spent = [], time.time(), 0.0
 
     def watch(average, step):
@@ -150,7 +154,7 @@ def curve_run(lab, args):
         curve.append({"step": step, "seconds": round(now - start - spent, 1)}
                      | {key: row[key] for key in ("neg", "caption", "diversity", "frechet")})
         spent += time.time() - now                                # measuring is not training
-    align(changed(args, sample_every=args.every), lab.data, lab.models["base"], lab.models["auxiliary"], watch)
+    align(changed(args, sample_every=args.every, resume=False), lab.data, lab.models["base"], lab.models["auxiliary"], watch)
     (Path(args.out) / f"{args.name}.pt").unlink()
     return {"curve": curve}
 

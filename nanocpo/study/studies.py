@@ -17,6 +17,7 @@ import numpy as np
 from train_cpo import add_cpo_arguments
 from train_sft import add_sft_arguments
 
+from ..cli import above
 from ..losses import RULES
 from ..train import BINS, add_common_arguments, changed
 from .lab import OPTIMIZERS, STRENGTH, Lab
@@ -347,7 +348,13 @@ def main(argv=None):
     parser.add_argument("--step-size", type=float, default=3e-4, help="relative length of the one step that `gap` takes")
     parser.add_argument("--world-steps", type=int, default=1500, help="training steps of the tiny network of `world`")
     parser.add_argument("--only", nargs="+", help="only these rows (methods, speed), levels (annotation) or doses (decoupling)")
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, each with its share of the cores")
+    parser.add_argument("--jobs", type=above(0), default=1, help="runs at a time, each with its share of the cores")
     args = parser.parse_args(argv)
+    if min(args.samples, args.search_samples, args.curve_samples) < 2:
+        parser.error("--samples, --search-samples and --curve-samples: an interval needs two pictures at least")
+    if args.study == "methods" and args.batch < 2:
+        parser.error("--batch 1: half of it, a pair of pictures, is Diffusion-DPO's batch")
+    if args.only and args.study in ("gap", "guidance", "world"):
+        parser.error(f"--only: {args.study} has no rows to choose from")
     lab = Lab(args)
     STUDIES[args.study](lab)
