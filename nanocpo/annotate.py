@@ -23,6 +23,9 @@ def collect(folder, criteria):
     """The folder's pictures as the page's rows, with what metadata.jsonl says about them. Raises DataError with line and cure."""
     folder = Path(folder)
     files = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.suffix.lower() in PICTURES)
+    hidden = [path.name for path in folder.rglob("*") if path.suffix.lower() in (".tif", ".tiff", ".avif", ".heic", ".jfif", ".jp2")]
+    if hidden:
+        print(f"left out, since not every browser shows such files: {', '.join(sorted(hidden)[:3])}{' ...' if len(hidden) > 3 else ''}; save them as PNG")
     if not files:
         raise DataError(f"{folder}: no picture in it ({', '.join(sorted(PICTURES))})")
     known, listing = {}, folder / "metadata.jsonl"
@@ -39,7 +42,8 @@ def collect(folder, criteria):
                 raise DataError(f"{listing}, line {number}: {error}; mend the line, or the page would lose it") from error
     lost = sorted(set(known) - set(files))
     if lost:
-        raise DataError(f"{listing}: {lost[0]} is no picture of {folder}; add it or remove the line, or the page would lose it")
+        raise DataError(f"{listing}: {lost[0]} is no picture of {folder} that every browser shows ({', '.join(sorted(PICTURES))}); add it, save "
+                        "it as such a one, or remove the line: the page would lose it")
     rows = []
     for file in files:
         caption, states, other = known.get(file, ("", [0] * len(criteria), {}))

@@ -9,14 +9,16 @@ import argparse
 import hashlib
 import json
 import math
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 import torch
 from einops import rearrange
-from PIL import Image, ImageOps
+from PIL import Image, ImageCms, ImageOps
 from tqdm import tqdm
 
 from .cli import command
@@ -166,7 +168,12 @@ def open_picture(path, shape):
         with Image.open(path) as image:
             if image.mode[0] in "IF":                             # Pillow would clip 16 and 32 bits to white, not scale them
                 raise ValueError(f"mode {image.mode} has more than 8 bits a channel")
+            profile = image.info.get("icc_profile")
             image = ImageOps.exif_transpose(image)
+            if profile and image.mode in ("RGB", "RGBA", "CMYK", "L"):    # what a scanner calls red, into what a screen does
+                with suppress(ImageCms.PyCMSError, OSError):              # a damaged profile is ignored, as by a browser
+                    image = ImageCms.profileToProfile(image, ImageCms.ImageCmsProfile(BytesIO(profile)), ImageCms.createProfile("sRGB"),
+                                                      outputMode="RGBA" if image.mode == "RGBA" else "RGB")
             if image.has_transparency_data:                       # white behind it, not whatever colour is hidden there
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
             return ImageOps.fit(image.convert("RGB"), shape(image.size), Image.Resampling.LANCZOS)

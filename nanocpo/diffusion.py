@@ -55,7 +55,7 @@ class Diffusion:
 
     def scales(self, t, like):
         """sqrt(alpha_bar_t) and sqrt(1 - alpha_bar_t) for t (B,), shaped (B, 1, 1, 1) and in the dtype of `like`."""
-        alpha_bar = self.alpha_bar.to(t.device)[t].view(-1, *[1] * (like.dim() - 1))
+        alpha_bar = self.alpha_bar[t.cpu()].view(-1, *[1] * (like.dim() - 1))       # Apple's GPUs have no float64
         return alpha_bar.sqrt().to(like), (1 - alpha_bar).sqrt().to(like)
 
     def q_sample(self, x0, t, noise):

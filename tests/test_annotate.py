@@ -82,6 +82,13 @@ def test_lines_that_the_page_would_lose_stop_it(folder, line, words):
         page(folder, Criteria.load(folder / "criteria.json"))
 
 
+def test_pictures_that_browsers_do_not_show_are_named(folder, capsys):
+    for name in ("scan.TIF", "phone.heic"):
+        (folder / name).write_bytes(b"")
+    main([str(folder)])
+    assert "left out, since not every browser shows such files: phone.heic, scan.TIF; save them as PNG" in capsys.readouterr().out
+
+
 def test_a_folder_without_pictures_is_an_error(tmp_path):
     with pytest.raises(DataError, match="no picture in it"):
         main([str(tmp_path)])

@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageCms, ImageOps
 
 from nanocpo.criteria import Criteria, CriteriaError
 from nanocpo.data import DataError, Paintings, from_folder, from_painter, main, to_images, to_tensor
@@ -198,6 +198,24 @@ def test_rotated_photographs_are_turned_upright(tmp_path, orientation, turn):
     stored.save(tmp_path / "x.jpg", quality=95, exif=exif)
     data = from_folder(write(tmp_path, GOOD | {"file_name": "x.jpg"}))
     assert corners(data.images[0]) == ["100", "010", "001", "111"]
+
+
+def test_colour_profiles_are_heeded(tmp_path):
+    """A scan that says where its red lies is turned into sRGB, as a viewer does; here the profile has red and blue exchanged."""
+    srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    places = {srgb[i:i + 4]: i for i in range(132, 132 + 12 * int.from_bytes(srgb[128:132], "big"), 12)}
+    exchanged = bytearray(srgb)
+    red, blue = (slice(places[tag] + 4, places[tag] + 12) for tag in (b"rXYZ", b"bXYZ"))
+    exchanged[red], exchanged[blue] = srgb[blue], srgb[red]
+    found = {}
+    for name, profile in (("none", None), ("srgb", srgb), ("exchanged", bytes(exchanged)), ("damaged", b"nonsense")):
+        for mode in ("RGB", "RGBA", "P"):
+            Image.fromarray(quarters(48)).convert(mode).save(tmp_path / "x.png", icc_profile=profile)
+            found[name, mode] = from_folder(write(tmp_path, GOOD | {"file_name": "x.png"})).images[0].astype(int)
+    for mode in ("RGB", "RGBA"):
+        assert corners(found["exchanged", mode]) == ["001", "010", "100", "111"]
+        assert np.abs(found["srgb", mode] - found["none", mode]).max() <= 2 and (found["damaged", mode] == found["none", mode]).all()
+    assert (found["srgb", "P"] == found["none", "P"]).all()
 
 
 def test_resizing_is_smooth(tmp_path):

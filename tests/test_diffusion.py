@@ -84,6 +84,19 @@ def test_x0_eps_and_v_round_trip(schedule, prediction):
     torch.testing.assert_close(got_noise, noise, atol=1e-9, rtol=0)
 
 
+def test_the_schedule_is_looked_up_on_the_cpu_and_comes_in_the_type_of_the_picture():
+    """It is float64, which Apple's GPUs do not have."""
+    class OnCPU:
+        def __getitem__(self, t):
+            assert t.device.type == "cpu"
+            return alpha_bar[t]                                   # and nothing else: no .to(device)
+    diffusion = Diffusion()
+    alpha_bar, diffusion.alpha_bar = diffusion.alpha_bar, OnCPU()
+    a, s = diffusion.scales(torch.tensor([0, 999]), torch.zeros(2, 3, 4, 4))
+    assert a.dtype == s.dtype == torch.float32 and a.shape == (2, 1, 1, 1)
+    torch.testing.assert_close(a.flatten().double(), alpha_bar[[0, 999]].sqrt(), atol=1e-7, rtol=0)
+
+
 def test_goal_by_hand():
     x0, noise, t = randn(2, 3, 4, 4, seed=1), randn(2, 3, 4, 4, seed=2), torch.tensor([100, 800])
     assert torch.equal(Diffusion(prediction="eps").goal(x0, t, noise), noise)

@@ -2,6 +2,7 @@
 import argparse
 import json
 import re
+import shutil
 import warnings
 
 import numpy as np
@@ -307,7 +308,7 @@ def flags(world, out):
 ALIGN = ["--lr", "0.5", "--steps", "2", "--samples", "0", "--sampling-steps", "1"]                   # of train_cpo.py only
 
 
-def test_latents_are_computed_once(world, tmp_path, monkeypatch):
+def test_latents_are_computed_once(world, tmp_path, monkeypatch, capsys):
     import train_sft
     parser = argparse.ArgumentParser()
     train_sft.add_common_arguments(parser), train_sft.add_sft_arguments(parser), finetune.add_arguments(parser)
@@ -322,6 +323,9 @@ def test_latents_are_computed_once(world, tmp_path, monkeypatch):
     assert first == ({(4, 6, 10), (4, 10, 6), (4, 8, 8)}, 12)              # 80 x 48, 48 x 80 and 64 x 64 pixels
     assert shapes()[1] == 0                                                # all there
     assert shapes("--resolution", "48")[1] == 12                           # another size
+    assert "enlarged" not in capsys.readouterr().out
+    shapes("--resolution", "80")
+    assert "4 of 12 pictures are enlarged, since they are smaller than --resolution 80 asks" in capsys.readouterr().out
     assert shapes("--no-cache")[1] == 12
     picture = next(world[1].glob("0.png"))
     before = picture.read_bytes()
@@ -408,6 +412,20 @@ def test_an_adapter_of_the_text_encoder(world, tmp_path):
         model = finetune.with_lora(base, tmp_path / f"{name}.safetensors", merge_text=True)
         torch.testing.assert_close(base.base.parts.encoders[0].get_parameter(f"{layer}.weight"), before + b @ a)
         assert (model.text.tokens(["a boat"])[0] - context).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("size, side", [(None, 512), (64, 512), (96, 768), (128, 1024)])
+def test_pictures_are_as_large_as_those_that_the_base_was_trained_on(world, tmp_path, size, side):
+    """Unless told otherwise. The tiny VAE halves the sides three times, as the real ones do."""
+    shutil.copytree(world[0], tmp_path / "weights")
+    config = tmp_path / "weights" / "unet" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"sample_size": size}))
+    for more, expected in (([], side), (["--resolution", "64"], 64)):
+        parser = argparse.ArgumentParser()
+        parser.add_argument("--device", default="cpu")
+        finetune.add_arguments(parser)
+        args = finetune.parse(parser, ["--weights", str(tmp_path / "weights"), *more], {})
+        assert finetune.open_base(args).base.size == (expected, expected) == (args.resolution,) * 2
 
 
 def test_flags_that_do_not_go_together(world, tmp_path):

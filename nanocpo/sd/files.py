@@ -43,11 +43,15 @@ def read_tensors(path):
         except Exception as error:                                # SafetensorError is not a public name everywhere
             raise WeightsError(f"{path}: not a safetensors file, or cut off ({error}); download it again") from error
 
-    class Callback:
-        """Stands for the one harmless class that old checkpoints hold beside their tensors."""
-    known = (Callback, "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint")
+    class Harmless:
+        """Stands for what old checkpoints hold beside their tensors and nobody needs: a callback's name, numbers of numpy."""
+        def __init__(self, *content):
+            pass
+        __setstate__ = __init__
+    known = ("pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint", "numpy.core.multiarray.scalar",
+             "numpy._core.multiarray.scalar", "numpy.dtype")
     try:
-        with torch.serialization.safe_globals([known]):
+        with torch.serialization.safe_globals([(Harmless, name) for name in known]):
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
         content = content.get("state_dict", content)
     except pickle.UnpicklingError as error:

@@ -14,6 +14,7 @@ import torch
 from tqdm import tqdm
 
 from .. import lora
+from ..cli import above
 from ..criteria import Criteria, Prompt
 from ..data import Batch, Paintings, open_picture, read_folder, to_images, to_tensor
 from ..grid import save_grid
@@ -41,7 +42,8 @@ def add_arguments(parser):
     group.add_argument("--prediction", choices=["eps", "v"], help="what the model predicts, if its files do not say (single file of SD 2)")
     group.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="of the frozen base (--bf16: bfloat16); "
                        "float16 is for sampling only")
-    group.add_argument("--resolution", type=int, default=512, help="side of a square picture; other shapes have about the same area")
+    group.add_argument("--resolution", type=above(0), help="side of a square picture, other shapes have about the same area; default: what the "
+                       "base was trained on (512; 768 for a single file of SD 2, 1024 for XL)")
     group.add_argument("--bucket-step", type=int, default=64, help="sides of pictures are multiples of this")
     group.add_argument("--rank", type=int, default=8, help="of the adapters")
     group.add_argument("--accumulate", type=int, default=4, help="batches whose gradients make one step")
@@ -63,6 +65,7 @@ def parse(parser, argv, values):
 def open_base(args, cache=None):
     """The frozen base that the flags name, as an SDModel without an adapter: it is the reference."""
     parts = load_parts(args.weights, args.config, args.tokenizer, args.variant, getattr(torch, args.dtype), args.prediction)
+    args.resolution = args.resolution or parts.resolution
     return SDModel(Base(parts, cache=cache, size=(args.resolution,) * 2, checkpointing=args.checkpointing, device=args.device))
 
 
@@ -102,10 +105,16 @@ def load_latents(args, base):
     if not Path(args.data).is_dir():
         raise ValueError(f"--data {args.data}: with --weights it is a folder with pictures and metadata.jsonl")
     sizes, vae, cache = buckets(args.resolution, args.bucket_step), base.latents, base.text.cache
+    enlarged = []
     key, bar = f"{vae.config} {fingerprint(vae)}" if cache else "", tqdm(desc="latents", leave=False, mininterval=2)
 
     def latents(path):
-        image = open_picture(path, lambda size: nearest(size, sizes))
+        def shape(size):
+            bucket = nearest(size, sizes)
+            if size[0] < bucket[0] or size[1] < bucket[1]:
+                enlarged.append(path.name)
+            return bucket
+        image = open_picture(path, shape)
         bar.update()
         encode = lambda: vae.encode(to_tensor(np.array(image)[None]).to(base.device))[0].cpu()
         with torch.no_grad():
@@ -114,6 +123,9 @@ def load_latents(args, base):
     criteria = Criteria.load(args.tree) if args.tree else None
     criteria, rows, skipped = read_folder(args.data, criteria, latents, args.skip_bad)
     bar.close()
+    if enlarged:
+        print(f"{len(enlarged)} of {len(rows)} pictures are enlarged, since they are smaller than --resolution {args.resolution} asks "
+              f"({enlarged[0]}, ...); their blur is learned too")
     images, captions, annotations = zip(*rows)
     return LatentPaintings(criteria, np.fromiter(images, object), list(captions), np.stack(annotations), skipped)
 

@@ -16,12 +16,12 @@ BIG_G = {"architectures": ["CLIPTextModelWithProjection"], "hidden_act": "gelu",
 XL_UNET = {"block_out_channels": [320, 640, 1280], "down_block_types": ["DownBlock2D"] + ["CrossAttnDownBlock2D"] * 2,
            "up_block_types": ["CrossAttnUpBlock2D"] * 2 + ["UpBlock2D"], "transformer_layers_per_block": [1, 2, 10],
            "attention_head_dim": [5, 10, 20], "cross_attention_dim": 2048, "addition_embed_type": "text_time",
-           "addition_time_embed_dim": 256, "projection_class_embeddings_input_dim": 2816}
+           "addition_time_embed_dim": 256, "projection_class_embeddings_input_dim": 2816, "sample_size": 128}
 # what the config.json files of the same models say, where it differs from diffusers' defaults
 PRESETS = {
-    "1": {"unet": {"cross_attention_dim": 768}, "vae": {}, "text_encoder": VIT_L, "scheduler": {}},
-    "2": {"unet": {"cross_attention_dim": 1024, "attention_head_dim": [5, 10, 20, 20]}, "vae": {}, "text_encoder": OPENCLIP_H,
-          "scheduler": {"prediction_type": "v_prediction"}},
+    "1": {"unet": {"cross_attention_dim": 768, "sample_size": 64}, "vae": {}, "text_encoder": VIT_L, "scheduler": {}},
+    "2": {"unet": {"cross_attention_dim": 1024, "attention_head_dim": [5, 10, 20, 20], "sample_size": 96}, "vae": {},
+          "text_encoder": OPENCLIP_H, "scheduler": {"prediction_type": "v_prediction"}},
     "xl": {"unet": XL_UNET, "vae": {"scaling_factor": 0.13025}, "text_encoder": VIT_L, "text_encoder_2": BIG_G,
            "scheduler": {"_class_name": "EulerDiscreteScheduler", "timestep_spacing": "leading"}}}
 
@@ -76,9 +76,9 @@ def vae_name(name, levels):
 
 def openclip(state, penultimate=False):
     """OpenCLIP's text tower -> ours. q, k and v are stacked there; the projection is (in, out). penultimate: without what comes after the
-    last block but one, which SD 2 does not use."""
+    last block but one, which SD 2 does not use, where a file has it (those that were converted from diffusers' layout have not)."""
     out, unused = {}, ["logit_scale"]
-    if penultimate:
+    if penultimate and "text_projection" in state:
         blocks = [int(block[1]) for block in (re.match(r"transformer\.resblocks\.(\d+)\.", name) for name in state) if block]
         unused += [f"transformer.resblocks.{max(blocks, default=0)}.", "text_projection"]
     for name, tensor in state.items():
@@ -97,8 +97,8 @@ def openclip(state, penultimate=False):
 
 
 # what a file that is something else has in it
-OTHERS = {"conditioner.embedders.0.model.": "the XL refiner, which only finishes what the base model began; give the base model's file",
-          "edm_mean": "a model in the EDM formulation: not supported", "edm_std": "a model in the EDM formulation: not supported",
+OTHERS = {"conditioner.embedders.0.model.": "the XL refiner, which only finishes what the base model began, or SD Turbo: not supported",
+          "edm_vpred.": "a model in the EDM formulation: not supported", "edm_mean": "a model in the EDM formulation: not supported", "edm_std": "a model in the EDM formulation: not supported",
           "control_model.": "a ControlNet, not a text-to-image model", "controlnet": "a ControlNet, not a text-to-image model"}
 
 
@@ -114,11 +114,17 @@ def split(state, where):
     cut = lambda prefix: {name[len(prefix):]: x for name, x in state.items() if name.startswith(prefix)}
     unet, vae = cut("model.diffusion_model."), cut("first_stage_model.")
     levels = len({name.split(".")[2] for name in vae if name.startswith("decoder.up.")})
+    if not vae:
+        raise WeightsError(f"{where}: no VAE in it (first_stage_model.); take the whole checkpoint, not the pruned UNet")
     parts = {"unet": {unet_name(name): x for name, x in unet.items()},
              "vae": {vae_name(name, levels): x for name, x in vae.items() if not name.startswith("loss.")}}
     if has("conditioner.embedders.1.model."):
+        marked = {"v_pred": {"prediction_type": "v_prediction"}, "ztsnr": {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}}
+        scheduler = PRESETS["xl"]["scheduler"]
+        for mark in marked.keys() & state.keys():                 # fine-tunes say so by empty tensors of these names
+            scheduler = scheduler | marked[mark]
         return parts | {"text_encoder": cut("conditioner.embedders.0.transformer."),
-                        "text_encoder_2": openclip(cut("conditioner.embedders.1.model."))}, PRESETS["xl"]
+                        "text_encoder_2": openclip(cut("conditioner.embedders.1.model."))}, PRESETS["xl"] | {"scheduler": scheduler}
     if has("cond_stage_model.model."):
         return parts | {"text_encoder": openclip(cut("cond_stage_model.model."), penultimate=True)}, PRESETS["2"]
     return parts | {"text_encoder": cut("cond_stage_model.transformer.")}, PRESETS["1"]

@@ -25,6 +25,7 @@ class Parts:
     tokenizers: list
     diffusion: Diffusion
     zeros_for_empty: bool = False           # XL: the empty prompt is all zeros, as it was trained
+    resolution: int = 512                   # the side of the square pictures that it was trained on
 
 
 # The settings that are read, with diffusers' defaults, and those that do not matter (None); then those with the only values that are built.
@@ -186,4 +187,4 @@ def load_parts(path, config=None, tokenizer=None, variant=None, dtype=torch.floa
         tokenizers.append(loaded)
     index = read_json(folder / "model_index.json") if folder and (folder / "model_index.json").is_file() else {}
     return Parts(unet, vae, encoders, tokenizers, diffusion_config(configs["scheduler"], prediction, f"{path}, scheduler"),
-                 xl and bool(index.get("force_zeros_for_empty_prompt", True)))
+                 xl and bool(index.get("force_zeros_for_empty_prompt", True)), (configs["unet"].get("sample_size") or 64) * vae.factor)
