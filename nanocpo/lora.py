@@ -121,7 +121,8 @@ def load(path, networks):
                          r"(?:\.default)?\.weight$|(.+)\.alpha$", plain)
         part, name = _layer(match[1] or match[4], flat) if match else (None, None)
         if name is None:
-            raise WeightsError(f"{path}: {key} has no place in {', '.join(networks)}; is the adapter of another model?")
+            raise WeightsError(f"{path}: {key} has no place in {', '.join(networks)}; is it the adapter of another model, or of "
+                               "convolutions (LoCon: not supported)?")
         if isinstance(networks[part].get_submodule(name), nn.Conv2d) or x.dim() == 4 and x.shape[2:] != (1, 1):
             raise WeightsError(f"{path}: {key} adapts a convolution: not supported")
         x = x.flatten(1) if x.dim() == 4 else x                   # files of SD 1 have 1x1 convolutions where we have linear layers

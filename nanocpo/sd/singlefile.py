@@ -98,7 +98,7 @@ def openclip(state, penultimate=False):
 
 # what a file that is something else has in it
 OTHERS = {"conditioner.embedders.0.model.": "the XL refiner, which only finishes what the base model began, or SD Turbo: not supported",
-          "edm_vpred.": "a model in the EDM formulation: not supported", "edm_mean": "a model in the EDM formulation: not supported", "edm_std": "a model in the EDM formulation: not supported",
+          **dict.fromkeys(("edm_vpred.", "edm_mean", "edm_std"), "a model in the EDM formulation: not supported"),
           "control_model.": "a ControlNet, not a text-to-image model", "controlnet": "a ControlNet, not a text-to-image model"}
 
 
