@@ -25,7 +25,8 @@ def collect(folder, criteria):
     files = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.suffix.lower() in PICTURES)
     hidden = [path.name for path in folder.rglob("*") if path.suffix.lower() in (".tif", ".tiff", ".avif", ".heic", ".jfif", ".jp2")]
     if hidden:
-        print(f"left out, since not every browser shows such files: {', '.join(sorted(hidden)[:3])}{' ...' if len(hidden) > 3 else ''}; save them as PNG")
+        some = ", ".join(sorted(hidden)[:3]) + (" ..." if len(hidden) > 3 else "")
+        print(f"left out, since not every browser shows such files: {some}; save them as PNG")
     if not files:
         raise DataError(f"{folder}: no picture in it ({', '.join(sorted(PICTURES))})")
     known, listing = {}, folder / "metadata.jsonl"
