@@ -22,7 +22,8 @@ TEMPLATE = Path(__file__).with_name("annotate.html")
 def collect(folder, criteria):
     """The folder's pictures as the page's rows, with what metadata.jsonl says about them. Raises DataError with line and cure."""
     folder = Path(folder)
-    files = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.suffix.lower() in PICTURES)
+    files = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*")
+                   if path.suffix.lower() in PICTURES and path.is_file())
     hidden = [path.name for path in folder.rglob("*") if path.suffix.lower() in (".tif", ".tiff", ".avif", ".heic", ".jfif", ".jp2")]
     if hidden:
         some = ", ".join(sorted(hidden)[:3]) + (" ..." if len(hidden) > 3 else "")
@@ -38,7 +39,7 @@ def collect(folder, criteria):
                 file = row.pop("file_name")
                 if file in known:
                     raise ValueError(f"{file} has a line already")
-                known[file] = str(row.pop("caption", "")), states, row
+                known[file] = str(row.pop("caption", "") or ""), states, row
             except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise DataError(f"{listing}, line {number}: {error}; mend the line, or the page would lose it") from error
     lost = sorted(set(known) - set(files))
@@ -49,8 +50,9 @@ def collect(folder, criteria):
     for file in files:
         caption, states, other = known.get(file, ("", [0] * len(criteria), {}))
         row = {"file_name": file, "caption": caption, "states": {leaf.name: int(s) for leaf, s in zip(criteria.leaves, states)}, "other": other}
-        # tells the browser whether what it kept began from this very line
-        row["was"] = hashlib.sha256(json.dumps(row, sort_keys=True).encode()).hexdigest()[:16]
+        # tells the browser whether what it kept began from this very line; a leaf that is new in the tree changes no line
+        judged = {name: state for name, state in row["states"].items() if state}
+        row["was"] = hashlib.sha256(json.dumps(row | {"states": judged}, sort_keys=True).encode()).hexdigest()[:16]
         rows.append(row | {"src": quote(file)})
     return rows
 

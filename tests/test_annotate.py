@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import subprocess
+from urllib.parse import unquote
 
 import pytest
 from PIL import Image
@@ -102,22 +103,36 @@ def test_the_painters_export_opens(tmp_path):
 
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
-# run in the page after it: press keys as a person would, then put what would be saved where the test can read it
-PROBE = """<script>
+NODE = shutil.which("node")
+# run in the page after it: press keys and click as a person would, then put what would be saved where the test can read it
+PROBE = """
 const press = (key) => document.onkeydown({ key, preventDefault() {} });
+const click = (i, share) => { const box = leaves[i].box; box.onclick({ clientX: box.getBoundingClientRect().left + share * box.offsetWidth }); };
 const open_at = picture;
 const before = { progress: document.getElementById("count").textContent, metadata: metadata(), shown: document.getElementById("where").textContent };
 ACTIONS
 document.body.innerHTML = "<pre id=result></pre>";
 document.getElementById("result").textContent = encodeURIComponent(JSON.stringify({ before, after: metadata(), kept: localStorage.getItem(key), picture, open_at }));
-</script>"""
+"""
+# as much of a browser as the page needs, for machines with node only: it draws nothing
+STUB = """
+const fs = require("fs"), made = {}, storage = fs.existsSync(STORAGE) ? JSON.parse(fs.readFileSync(STORAGE)) : {};
+const Element = () => ({ children: [], value: "", textContent: "", append(e) { this.children.push(e); }, blur() {}, focus() {}, offsetWidth: 100,
+  getBoundingClientRect: () => ({ left: 40 }), getAttribute() { return this.src; }, querySelector: () => ({ scrollIntoView() {} }) });
+globalThis.document = { body: {}, createElement: Element, getElementById: (id) => made[id] ??= Element() };
+globalThis.localStorage = { getItem: (key) => storage[key] ?? null, setItem: (key, value) => { storage[key] = value; } };
+document.getElementById("data").textContent = DATA;
+PAGE
+fs.writeFileSync(STORAGE, JSON.stringify(storage));
+console.log(made.result.textContent);
+"""
 
 
 def in_browser(folder, actions, profile):
     """Open the page in a headless browser, from file:// and without a network, with PROBE at its end."""
-    from urllib.parse import unquote
     text = (folder / "annotate.html").read_text(encoding="utf-8")
-    (folder / "probe.html").write_text(text.replace("</html>", PROBE.replace("ACTIONS", actions) + "</html>"), encoding="utf-8")
+    probe = f"<script>{PROBE.replace('ACTIONS', actions)}</script></html>"
+    (folder / "probe.html").write_text(text.replace("</html>", probe), encoding="utf-8")
     out = subprocess.run([BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run", "--disable-extensions",
                           "--disable-background-networking", f"--user-data-dir={profile}", "--dump-dom", (folder / "probe.html").as_uri()],
                          capture_output=True, text=True, timeout=600)
@@ -126,14 +141,26 @@ def in_browser(folder, actions, profile):
     return json.loads(unquote(found[1]))
 
 
-@pytest.mark.skipif(BROWSER is None, reason="no Chromium on this machine")
-def test_annotating_in_a_browser(folder, tmp_path_factory):
+def in_node(folder, actions, profile):
+    """The same without a browser: the page's script on STUB."""
+    data, script = Scripts((folder / "annotate.html").read_text(encoding="utf-8")).scripts
+    for word, text in (("PAGE", script + PROBE.replace("ACTIONS", actions)), ("DATA", json.dumps(data)), ("STORAGE", json.dumps(f"{profile}/storage"))):
+        script = (STUB if word == "PAGE" else script).replace(word, text)
+    (profile / "probe.js").write_text(script, encoding="utf-8")
+    out = subprocess.run([NODE, profile / "probe.js"], capture_output=True, text=True, timeout=60)
+    assert out.returncode == 0, out.stderr[-2000:]
+    return json.loads(unquote(out.stdout))
+
+
+@pytest.mark.parametrize("run", [pytest.param(in_browser, marks=pytest.mark.skipif(BROWSER is None, reason="no Chromium on this machine")),
+                                 pytest.param(in_node, marks=pytest.mark.skipif(NODE is None, reason="no node on this machine"))])
+def test_annotating(folder, tmp_path_factory, run):
     main([str(folder)])
     profile = tmp_path_factory.mktemp("profile")
-    got = in_browser(folder, """
+    got = run(folder, """
         press("+"); press("ArrowDown"); press("-"); press("ArrowDown"); press("p"); press("u");
         document.getElementById("caption").value = "first <\\/script>"; document.getElementById("caption").oninput();
-        press("ArrowRight"); press("0"); press("ArrowRight"); press("n"); press("ArrowUp"); press("=");
+        press("ArrowRight"); press("0"); press("ArrowRight"); press("n"); press("ArrowUp"); click(2, 0.1); click(1, 0.9); click(1, 0.5);
     """, profile)
     assert got["before"]["progress"] == "1 of 3 done" and got["before"]["shown"].startswith("1 / 3") and got["picture"] == 2
     original = (folder / "metadata.jsonl").read_text()
@@ -142,11 +169,21 @@ def test_annotating_in_a_browser(folder, tmp_path_factory):
     assert lines == [{"file_name": "a.png", "caption": "first </script>", "positive": ["good one"], "negative": ["bad & \"two\""]},
                      {"file_name": "b c#1.jpg", "caption": "x </script><script>alert(1)</script> <!-- é", "positive": [],
                       "negative": ["bad & \"two\""], "artist": "me"}]          # the third has no caption yet
-    again = in_browser(folder, "", profile)                                  # reopening continues, the third picture's judgement too
+    again = run(folder, "", profile)                                  # reopening continues, the third picture's judgement too
     assert again["before"]["metadata"] == got["after"] and json.loads(again["kept"])["sub/d.PNG"]["states"] == {"One": -1, "Two": 0, "Three": 1}
     assert (got["open_at"], again["open_at"]) == (0, 2)                      # the third picture has no caption yet: there it goes on
     (folder / "metadata.jsonl").write_text(got["after"], encoding="utf-8")
     data = from_folder(folder, size=8)                                       # what it saves, the training scripts read
     assert data.captions == ["first </script>", lines[1]["caption"]] and data.annotations.tolist() == [[1, -1, 0], [0, -1, 0]]
+    tree = TREE | {"children": TREE["children"] + [{"name": "Four", "positive": "good four", "negative": "bad four"}]}
+    (folder / "criteria.json").write_text(json.dumps(tree))                  # a new leaf: what the browser kept is still there
+    (folder / "metadata.jsonl").write_text(original, encoding="utf-8")
+    main([str(folder)])
+    assert run(folder, "", profile)["before"]["metadata"] == got["after"]
+    (folder / "metadata.jsonl").write_text(json.dumps({"file_name": "b c#1.jpg", "caption": "changed since"}), encoding="utf-8")
+    main([str(folder)])                                                      # a line that was changed elsewhere wins
+    assert [json.loads(line)["caption"] for line in run(folder, "", profile)["before"]["metadata"].splitlines()] == ["first </script>", "changed since"]
+    (folder / "criteria.json").write_text(json.dumps(TREE))
+    (folder / "metadata.jsonl").write_text(got["after"], encoding="utf-8")
     main([str(folder)])                                                      # and a page made from it says the same, in a fresh browser
-    assert in_browser(folder, "", tmp_path_factory.mktemp("fresh"))["before"]["metadata"] == got["after"]
+    assert run(folder, "", tmp_path_factory.mktemp("fresh"))["before"]["metadata"] == got["after"]

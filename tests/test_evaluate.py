@@ -3,9 +3,10 @@ import numpy as np
 import pytest
 import torch
 
+import nanocpo.evaluate as module
 from nanocpo.criteria import Criteria
 from nanocpo.data import from_painter
-from nanocpo.evaluate import all_prompts, diversity, evaluate, frechet, interval, measure_row, real_positive, table
+from nanocpo.evaluate import all_prompts, diversity, evaluate, frechet, interval, measure_row, real_positive, rows_key, table
 
 CRITERIA = Criteria.load()
 
@@ -51,6 +52,23 @@ def test_prompts_of_the_rows():
     plain, positive, negative = all_prompts(CRITERIA, ["a boat"])
     assert (len(plain[0].positive), len(positive[0].positive), len(negative[0].negative)) == (0, 12, 12)
     assert not positive[0].negative and not negative[0].positive and positive[0].caption == "a boat"
+
+
+def test_the_command_asks_as_its_flags_say(monkeypatch):
+    seen = []
+    monkeypatch.setattr(module, "load_model", lambda path, device: f"{path} on {device}")
+    monkeypatch.setattr(module, "table", str)
+    monkeypatch.setattr(module, "evaluate", lambda models, *rest: seen.append((models, rest)) or ({}, {}))
+    module.main("x.pt --kind guided --samples 8 --seed 3 --steps 5 --guidance 4 --device cpu".split())
+    assert seen == [({"x.pt": ("x.pt on cpu", "guided")}, (8, 3, 5, 4.0))]
+
+
+def test_rows_are_kept_for_one_model_one_setting_and_one_code(monkeypatch, tmp_path):
+    model, other = torch.nn.Linear(1, 1), torch.nn.Linear(1, 1)
+    keys = [rows_key([model], 1), rows_key([model], 1), rows_key([other], 1), rows_key([model], 2)]
+    (tmp_path / "critic.py").write_text("another critic")
+    monkeypatch.setattr(module, "__file__", str(tmp_path / "evaluate.py"))
+    assert keys[0] == keys[1] and len({*keys, rows_key([model], 1)}) == 4
 
 
 def test_every_row_is_asked_in_its_way():

@@ -1,5 +1,6 @@
 """Stable Diffusion behind the toy's interface: whole pipelines against diffusers, prompts, caches, buckets, and both stages end to end."""
 import argparse
+import functools
 import json
 import re
 import shutil
@@ -199,8 +200,11 @@ def test_a_prompt_means_the_same_beside_a_longer_one(xl):
     # attention to a context that is repeated is attention to the context
     model, x, t = tiny(xl), torch.randn(3, 4, 6, 6), torch.tensor([500] * 3)
     long = Prompt("a boat", tuple(f"good thing {i}" for i in range(16)))
-    context, _ = model.text.tokens([long])
+    context, pooled = model.text.tokens([long])
     assert context.shape[1] == 2 * 77
+    if xl:                                                        # the pooled vector is the first window's: there the caption stands
+        first = windows(long, model.base.parts.tokenizers[0])[0]
+        torch.testing.assert_close(pooled, model.text.tokens([first])[1])
     asked = [Prompt("a tree"), long, Prompt("a boat", *[tuple(f"{side} thing {i}" for i in range(16)) for side in ("good", "bad")])]
     alone = torch.cat([model(x[i:i + 1], t[:1], [prompt]) for i, prompt in enumerate(asked)])
     torch.testing.assert_close(model(x, t, asked), alone, atol=1e-5, rtol=0)
@@ -310,6 +314,7 @@ ALIGN = ["--lr", "0.5", "--steps", "2", "--samples", "0", "--sampling-steps", "1
 
 def test_latents_are_computed_once(world, tmp_path, monkeypatch, capsys):
     import train_sft
+    from safetensors.torch import load_file, save_file
     parser = argparse.ArgumentParser()
     train_sft.add_common_arguments(parser), train_sft.add_sft_arguments(parser), finetune.add_arguments(parser)
     made, encode = [], VAE.encode
@@ -336,6 +341,43 @@ def test_latents_are_computed_once(world, tmp_path, monkeypatch, capsys):
     with pytest.raises(DataError, match="metadata.jsonl, line 1: .*0.png does not exist"):
         shapes()
     picture.with_suffix(".gone").rename(picture)
+    weights = shutil.copytree(world[0], tmp_path / "weights")
+    file = weights / "vae" / "diffusion_pytorch_model.safetensors"
+    state = load_file(file)
+    save_file(state | {"encoder.conv_in.bias": state["encoder.conv_in.bias"] + 0.1}, file)
+    made.clear()
+    finetune.start(finetune.parse(parser, flags((weights, *world[1:]), tmp_path), finetune.TRAINING))
+    assert len(made) == 12                                                 # another VAE, the same --out
+
+
+def test_a_base_is_opened_as_the_flags_say(monkeypatch):
+    import train_sft
+    seen, parser = [], argparse.ArgumentParser()
+    train_sft.add_common_arguments(parser), finetune.add_arguments(parser)
+    monkeypatch.setattr(finetune, "load_parts", lambda *asked: seen.append(asked) or tiny().base.parts)
+
+    def opened(*more):
+        return finetune.open_base(finetune.parse(parser, ["--weights", "w", "--device", "cpu", *more], {})).base.parts.unet.mid_block
+    block = opened("--variant", "fp16", "--bf16", "--checkpointing", "--prediction", "v", "--config", "c", "--tokenizer", "t")
+    assert seen == [("w", "c", "t", "fp16", torch.bfloat16, "v")] and isinstance(block.step, functools.partial)
+    assert not isinstance(opened("--dtype", "float16").step, functools.partial) and seen[1] == ("w", None, None, None, torch.float16, None)
+    for flag in ("--resolution", "--bucket-step"):
+        with pytest.raises(ValueError, match=f"{flag} 100 must be a multiple of 8"):
+            opened(flag, "100")
+
+
+def test_samples_go_towards_the_positive_and_away_from_the_negative(world, tmp_path, monkeypatch):
+    import sample
+    seen = []
+    monkeypatch.setattr(SDModel, "sample", lambda self, *asked: seen.append(asked) or torch.zeros(1, 3, 64, 64))
+    flags = ["--weights", str(world[0]), "--prompt", "a boat", "--positive", "good light", "--negative", "blur", "--eta", "0.5", "--steps", "3",
+             "--seed", "4", "--resolution", "64", "--device", "cpu", "--out", str(tmp_path / "x.png")]
+    sample.main(flags)
+    sample.main([*flags, "--guidance", "1"])
+    assert seen[0] == ([Prompt("a boat", ("good light",))], [Prompt("a boat", (), ("blur",))], 7.5, 3, 0.5, 4)
+    assert seen[1][0] == [Prompt("a boat", ("good light",), ("blur",))] and seen[1][2] == 1
+    with pytest.raises(ValueError, match="name the phrases"):
+        sample.main([*flags, "--positive", "all"])
 
 
 def test_both_stages_end_to_end_and_diffusers_paints_the_same(world, tmp_path):
@@ -401,7 +443,7 @@ def test_an_adapter_of_the_text_encoder(world, tmp_path):
     tensors = {"peft": {f"text_encoder.text_model.{layer}.lora_A.weight": a, f"text_encoder.text_model.{layer}.lora_B.weight": b},
                "kohya": {f"lora_te_text_model_{layer.replace('.', '_')}.lora_down.weight": a,
                          f"lora_te_text_model_{layer.replace('.', '_')}.lora_up.weight": b}}
-    args = argparse.Namespace(weights=str(world[0]), config=None, tokenizer=None, variant=None, dtype="float32", prediction=None, resolution=64,
+    args = argparse.Namespace(weights=str(world[0]), config=None, tokenizer=None, variant=None, dtype="float32", prediction=None, resolution=64, bucket_step=64,
                               checkpointing=False, device="cpu")
     for name, state in tensors.items():
         save_file(state, tmp_path / f"{name}.safetensors")
@@ -438,6 +480,11 @@ def test_flags_that_do_not_go_together(world, tmp_path):
                         (["--lora", "nowhere.safetensors"], "nowhere.safetensors: not found")):
         with pytest.raises(ValueError, match=words):
             train_cpo.main(common + more)
+    for flag in ("--rank", "--accumulate", "--bucket-step", "--resolution"):
+        with pytest.raises(SystemExit):
+            train_cpo.main(common + [flag, "0"])
+    with pytest.raises(ValueError, match="nowhere: --config is a folder"):
+        train_cpo.main(common + ["--config", "nowhere"])
     assert not list(tmp_path.rglob("auxiliary*"))                 # nothing was trained before
     with pytest.raises(ValueError, match="nowhere: not found"):
         train_sft.main(["--weights", "nowhere"])

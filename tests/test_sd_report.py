@@ -12,6 +12,7 @@ from nanocpo import lora
 from nanocpo.criteria import Criteria, Prompt
 from nanocpo.data import Paintings
 from nanocpo.diffusion import Diffusion
+from nanocpo.model import fingerprint, load_checkpoint
 from nanocpo.sd import finetune
 from nanocpo.sd.finetune import LatentPaintings
 from nanocpo.sd.model import SDModel
@@ -160,6 +161,44 @@ def test_held_out_pictures_are_taken_once(opened, tmp_path, monkeypatch):
     monkeypatch.setattr(LatentPaintings, "take", lambda self, indices: taken.append(list(indices)) or take(self, indices))
     got = train_cpo.main([*STAGE_2, "--out", str(tmp_path), "--samples", "2", "--criteria", "Hue"])
     assert taken.count([8, 9, 18, 19]) == 1 and got["held_out"] == 4 and got["cpo"]["margin"] is not None
+
+
+def test_each_part_of_the_data_has_its_use(opened, tmp_path, monkeypatch):
+    """Sixteen of the twenty pictures train the auxiliary and the target; the report's log is of the four that are held out."""
+    drawn, batch = [], LatentPaintings.batch
+    monkeypatch.setattr(LatentPaintings, "batch", lambda self, indices: drawn.append(len(self)) or batch(self, indices))
+    train_cpo.main([*STAGE_2, "--out", str(tmp_path), "--samples", "2"])
+    assert drawn[:2] == [16, 16] and len(drawn) > 2 and set(drawn[2:]) == {4}
+
+
+def test_the_files_hold_the_averaged_adapter(opened, tmp_path):
+    train_cpo.main([*STAGE_2, "--out", str(tmp_path), "--samples", "0"])
+    model, state = opened[1].with_adapter(2), load_checkpoint(tmp_path / "target.pt")
+    assert any(not torch.equal(state["ema"][name], x) for name, x in state["model"].items())
+    model.load_state_dict(state["ema"])
+    for file in ("target", "target_kohya"):
+        got = lora.load(tmp_path / f"{file}.safetensors", {"unet": opened[1].base.parts.unet})["unet"]
+        assert got.keys() == model.adapter.pairs().keys()
+        assert all(torch.equal(x, y) for name, pair in model.adapter.pairs().items() for x, y in zip(got[name], pair))
+
+
+@pytest.mark.parametrize("method", ["esd", "sft"])
+def test_every_method_ends_with_a_report(opened, tmp_path, method):
+    lora.save(moved(opened[1].with_adapter(2)).adapter, tmp_path / "judge.safetensors")
+    got = train_cpo.main([*STAGE_2, "--out", str(tmp_path), "--samples", "2", "--method", method, "--lora", str(tmp_path / "judge.safetensors")])
+    assert got["cpo"]["margin"] is not None and got["cpo"]["winner"] > 0
+
+
+def test_a_stage_trains_as_its_flags_say(tmp_path, monkeypatch):
+    seen, calls, (data, base) = {}, [], world(10)
+    monkeypatch.setattr(finetune, "fit", lambda model, step, recipe, path, **named: seen.update(named, step=step) or (model, {}))
+    step = lambda model, generator: calls.append(1) or (torch.zeros((), requires_grad=True), {"loss": torch.zeros(1)}, torch.zeros(1))
+    args = argparse.Namespace(out=str(tmp_path), rank=2, seed=3, accumulate=3, batch=1, resume=True, save_every=7, sample_every=5)
+    finetune.train(args, data, base, step, "x", 1, 1e-3, {"made": "of"})
+    seen["step"](None, None)
+    assert (len(calls), seen["seed"], seen["resume"], seen["save_every"], seen["sample_every"]) == (3, 3, True, 7, 5)
+    parts = base.base.parts
+    assert seen["run"]["base"] == fingerprint(parts.unet, *parts.encoders) and seen["run"]["made"] == "of"
 
 
 def test_an_auxiliary_without_its_checkpoint_is_used(opened, tmp_path, capsys):

@@ -265,6 +265,16 @@ def test_settings_that_are_read():
     assert usual.prediction == zero.prediction == "v" and usual.spacing == "trailing" and usual.sampler == "ddim"
 
 
+def test_presets_say_what_the_public_configurations_say():
+    """What changes no shape: the latents' scale, the number of heads, what is predicted, the text encoder's activation."""
+    presets = [singlefile.PRESETS[version] for version in ("1", "2", "xl")]
+    assert [weights.vae_config(p["vae"]).scale for p in presets] == [0.18215, 0.18215, 0.13025]
+    assert [weights.unet_config(p["unet"]).heads for p in presets] == [(8,) * 4, (5, 10, 20, 20), (5, 10, 20)]
+    assert [weights.diffusion_config(p["scheduler"]).prediction for p in presets] == ["eps", "v", "eps"]
+    assert [weights.clip_config(p["text_encoder"]).activation for p in presets] == ["quick_gelu", "gelu", "quick_gelu"]
+    assert [p["unet"]["sample_size"] for p in presets] == [64, 96, 128]
+
+
 @pytest.mark.parametrize("names, words", [(["conditioner.embedders.0.model.x"], "refiner"), (["edm_mean"], "EDM"), (["edm_vpred.sigma_max"], "EDM"), (["control_model.x"], "ControlNet"),
                                           (["something.else"], "no UNet")])
 def test_other_single_files_are_refused_by_name(names, words, tmp_path):

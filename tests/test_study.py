@@ -13,7 +13,9 @@ from PIL import Image
 import nanocpo.study.lab as lab
 import nanocpo.study.studies as study
 from nanocpo.data import from_painter
+from nanocpo.diffusion import guide
 from nanocpo.model import Model, load_model, save_atomic
+from nanocpo.study.mixture import NEGATIVE, PLAIN, POSITIVE, flawed_world
 from nanocpo.study.plots import bar_chart, line_chart, matrix_chart, ticks
 from nanocpo.unet import UNetConfig
 
@@ -233,6 +235,11 @@ def test_world_draws(out, monkeypatch):
     summary, text = run(out, "world", "--world-steps", "3")
     assert len(summary["samples"]) == 5 and np.allclose(summary["path ends, less z_w"]["winner"], 0, atol=1e-3)
     assert "![the analytic world](world.png)" in text
+    exact, x = flawed_world(), torch.randn(5, 2, 1, 1, dtype=torch.float64)
+    shown = list(figure.fields(exact, 1, 0).values())              # each column of the figure is the field that its title names
+    plain, positive, negative = (exact.eps(x, 0.5, prompt) for prompt in (PLAIN, POSITIVE, NEGATIVE))
+    for field, wanted in zip(shown, (plain, positive, guide(positive, negative, 1 / (1 - figure.K)))):
+        torch.testing.assert_close(field(x, 0.5), wanted)
 
 
 # ---------------------------------------------------------------- small rules

@@ -44,9 +44,9 @@ def add_arguments(parser):
                        "float16 is for sampling only")
     group.add_argument("--resolution", type=above(0), help="side of a square picture, other shapes have about the same area; default: what the "
                        "base was trained on (512; 768 for a single file of SD 2, 1024 for XL)")
-    group.add_argument("--bucket-step", type=int, default=64, help="sides of pictures are multiples of this")
-    group.add_argument("--rank", type=int, default=8, help="of the adapters")
-    group.add_argument("--accumulate", type=int, default=4, help="batches whose gradients make one step")
+    group.add_argument("--bucket-step", type=above(0), default=64, help="sides of pictures are multiples of this")
+    group.add_argument("--rank", type=above(0), default=8, help="of the adapters")
+    group.add_argument("--accumulate", type=above(0), default=4, help="batches whose gradients make one step")
     group.add_argument("--checkpointing", action="store_true", help="recompute activations: less memory, more time")
     group.add_argument("--no-cache", action="store_true", help="do not keep latents and encoded prompts in OUT/cache")
 
@@ -66,6 +66,9 @@ def open_base(args, cache=None):
     """The frozen base that the flags name, as an SDModel without an adapter: it is the reference."""
     parts = load_parts(args.weights, args.config, args.tokenizer, args.variant, getattr(torch, args.dtype), args.prediction)
     args.resolution = args.resolution or parts.resolution
+    for flag in ("resolution", "bucket_step"):
+        if vars(args)[flag] % parts.vae.factor:
+            raise ValueError(f"--{flag.replace('_', '-')} {vars(args)[flag]} must be a multiple of {parts.vae.factor}")
     return SDModel(Base(parts, cache=cache, size=(args.resolution,) * 2, checkpointing=args.checkpointing, device=args.device))
 
 
@@ -171,7 +174,8 @@ def train(args, data, base, loss_step, name, steps, lr, made_of):
                                  for m in (base, average)])
         save_grid(out / "samples" / f"{name}_{step:05d}.png", images, captions * 2, columns=4, zoom=1, titles=["base", f"{name}, step {step}"])
 
-    run = {"data": data.digest(), "base": fingerprint(base.base.parts.unet), "prediction": base.diffusion.prediction, "rank": args.rank,
+    parts = base.base.parts
+    run = {"data": data.digest(), "base": fingerprint(parts.unet, *parts.encoders), "prediction": base.diffusion.prediction, "rank": args.rank,
            "batch": args.batch, "accumulate": args.accumulate}
     average, line = fit(model, accumulated(loss_step, args.accumulate), Recipe(steps, lr), out / f"{name}.pt",
                         name=name, seed=args.seed, resume=args.resume, save_every=args.save_every, pictures=pictures,
@@ -226,7 +230,10 @@ def paint(args):
     model = open_base(args)
     model = with_lora(model, args.lora, merge_text=True) if args.lora else model
     captions = [c for c in args.caption or [""] for _ in range(args.count)]
-    prompts = [Prompt(c, tuple(args.positive)) for c in captions]
+    if "all" in args.positive + args.negative:
+        raise ValueError("--positive all and --negative all: a base knows no tree; with --weights name the phrases")
+    beside = tuple(args.negative) if args.guidance == 1 else ()           # without guidance one prompt carries both sides
+    prompts = [Prompt(c, tuple(args.positive), beside) for c in captions]
     away = [Prompt(c, (), tuple(args.negative)) for c in captions] if args.negative else None
     images = to_images(model.sample(prompts, away, args.guidance, args.steps, args.eta, args.seed))
     save_grid(args.out, images, captions, columns=min(len(images), 4), zoom=1)

@@ -152,6 +152,8 @@ def load_parts(path, config=None, tokenizer=None, variant=None, dtype=torch.floa
     config.json files replace the presets. variant "fp16" reads those files of a folder. prediction "eps" or "v" overrides the
     scheduler's: a single file of SD 2 does not say which it is; v is taken (the 768 model), the base model needs "eps"."""
     path = Path(path)
+    if config and not Path(config).is_dir():
+        raise WeightsError(f"{config}: --config is a folder in diffusers' layout; there is none")
     folder = path if path.is_dir() else Path(config) if config else None
     settings = lambda name: folder / name / ("scheduler_config.json" if name == "scheduler" else "config.json")
     if path.is_dir():
