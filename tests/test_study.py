@@ -208,7 +208,7 @@ def test_results_of_other_data_or_models_are_no_results(out, tmp_path, monkeypat
     monkeypatch.setitem(lab.KINDS, "sample", lambda lab, args: {"row": 1})
 
     def room(data=from_painter(count=3), auxiliary="auxiliary"):
-        made = lab.Lab(Namespace(study="x", out=str(tmp_path)))
+        made = lab.Lab(Namespace(study="x", out=str(tmp_path), jobs=1))
         made.data, made.models = data, {name: load_model(out / f"{file}.pt") for name, file in (("base", "base"), ("auxiliary", auxiliary))}
         return made
     runs = [("key", "sample", {})]

@@ -6,7 +6,7 @@
     python -m nanocpo.study speed | decoupling | annotation | gap | guidance
 
 A study is a list of runs (lab.py) and a table, a chart and a JSON file made of their results, in docs/results. Settings are
-chosen on the validation seed, by the rule in `choose`, and measured on fresh seeds; intervals are 95 % over seeds (Student's t).
+chosen on validation seeds, by the rule in `choose` (decoupling: its own), and measured on fresh seeds; intervals are 95 % over seeds (Student's t).
 """
 import argparse
 import json
