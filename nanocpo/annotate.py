@@ -22,9 +22,9 @@ TEMPLATE = Path(__file__).with_name("annotate.html")
 def collect(folder, criteria):
     """The folder's pictures as the page's rows, with what metadata.jsonl says about them. Raises DataError with line and cure."""
     folder = Path(folder)
-    files = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*")
-                   if path.suffix.lower() in PICTURES and path.is_file())
-    hidden = [path.name for path in folder.rglob("*") if path.suffix.lower() in (".tif", ".tiff", ".avif", ".heic", ".jfif", ".jp2")]
+    paths = [path for path in folder.rglob("*") if path.is_file()]
+    files = sorted(path.relative_to(folder).as_posix() for path in paths if path.suffix.lower() in PICTURES)
+    hidden = [path.name for path in paths if path.suffix.lower() in (".tif", ".tiff", ".avif", ".heic", ".jfif", ".jp2")]
     if hidden:
         some = ", ".join(sorted(hidden)[:3]) + (" ..." if len(hidden) > 3 else "")
         print(f"left out, since not every browser shows such files: {some}; save them as PNG")

@@ -154,6 +154,7 @@ def test_average_follows_with_the_stated_decay(tmp_path):
     for decay, now in zip((1 / 10, 2 / 11, 0.25, 0.25), (*seen[1:], weights()), strict=True):
         by_hand = decay * by_hand + (1 - decay) * now
     torch.testing.assert_close(average.unet.conv_in.weight, by_hand)
+    assert torch.equal(load_model(tmp_path / "x.pt").unet.conv_in.weight, average.unet.conv_in.weight)
 
 
 def test_the_optimizer_gets_the_rate_of_the_schedule(tmp_path):

@@ -227,11 +227,11 @@ def paint(args):
     they stand in the prompts as they did in training, the negative ones in the prompt to guide away from."""
     if args.judge:
         raise ValueError("--judge: the critic knows the painter's pictures only; leave it out with --weights")
+    if "all" in args.positive + args.negative:
+        raise ValueError("--positive all and --negative all: a base knows no tree; with --weights name the phrases")
     model = open_base(args)
     model = with_lora(model, args.lora, merge_text=True) if args.lora else model
     captions = [c for c in args.caption or [""] for _ in range(args.count)]
-    if "all" in args.positive + args.negative:
-        raise ValueError("--positive all and --negative all: a base knows no tree; with --weights name the phrases")
     beside = tuple(args.negative) if args.guidance == 1 else ()           # without guidance one prompt carries both sides
     prompts = [Prompt(c, tuple(args.positive), beside) for c in captions]
     away = [Prompt(c, (), tuple(args.negative)) for c in captions] if args.negative else None
