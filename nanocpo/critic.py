@@ -8,7 +8,6 @@ the scores are also the space in which evaluate.py takes its Fréchet distance.
 
 Lightness here is HSV value, max(R, G, B): hue and saturation do not move it, so the leaves stay apart.
 """
-import warnings
 from dataclasses import dataclass
 from functools import cache
 from itertools import product
@@ -112,18 +111,19 @@ def find_layout(rgb, chunk=32):
     best, size = [], np.maximum(shapes[:4].sum(2), 1e-6)                  # of a unit-norm area: the root of its number of pixels
     for start in range(0, len(rgb), chunk):
         pixels = rgb[start:start + chunk].reshape(-1, SIZE * SIZE, 3).astype(np.float32)
-        fit = np.einsum("akp,npc->nakc", shapes, pixels, optimize=True)              # (n, 5, K, 3)
-        sky, _, dark, light = (fit[:, :4].sum(3) / size).swapaxes(0, 1)              # each (n, K): lightness
-        energy = (fit ** 2).sum((1, 3))
-        best.append(np.where((dark > sky) | (light < sky) & (light > 0), 0, energy).argmax(1))
+        fit = np.tensordot(shapes, pixels, (2, 1))                        # (5, K, n, 3)
+        sky, _, dark, light = fit[:4].sum(3) / size[..., None]            # each (K, n): lightness
+        energy = (fit ** 2).sum((0, 3))
+        best.append(np.where((dark > sky) | (light < sky) & (light > 0), 0, energy).argmax(0))
     return layouts[np.concatenate(best)].T
 
 
 def _colour(rgb, mask):
     """The median over the masked pixels of each image and channel: (N, 32, 32, 3), (N, 32, 32) bool -> (N, 3); 0 where there are none."""
-    with warnings.catch_warnings():                                       # numpy warns where there are none
-        warnings.simplefilter("ignore", RuntimeWarning)
-        return np.nan_to_num(np.nanmedian(np.where(mask[..., None], rgb, np.nan), axis=(1, 2)))
+    count, n = mask.sum((1, 2)), np.arange(len(rgb))
+    ranked = np.sort(np.where(mask[..., None], rgb, np.inf).reshape(len(rgb), -1, rgb.shape[-1]), axis=1)           # the masked come first
+    middle = (ranked[n, np.maximum(count - 1, 0) // 2] + ranked[n, count // 2 % ranked.shape[1]]) / 2
+    return np.where(count[:, None], middle, 0)
 
 
 def _hue_saturation(rgb):

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from nanocpo.criteria import Criteria
-from nanocpo.critic import _layouts, find_layout, judge, measure
+from nanocpo.critic import THRESHOLDS, _layouts, find_layout, judge
 from nanocpo.painter import CAPTIONS, HUES, LEAVES, SIZE, SUN_HEIGHT, X, Y, paint
 
 CRITERIA = Criteria.load()
@@ -146,12 +146,12 @@ def test_scores_and_signs_belong_together(verdicts):
     assert 0.4 < min(typical) and max(typical) < 3                # typical paintings lie near -1 and +1: comparable scales
 
 
-def test_hues_are_compared_around_the_wheel(fresh):
+def test_hues_are_compared_around_the_wheel(fresh, verdicts):
     """A clashing ground is 0.42 turns from its sky, an analogous one 0.13; from some skies the way leads past red, where the wheel begins."""
-    _, states, images = fresh
-    turns = measure(images)[0]["Harmony"]
+    column, (threshold, scale) = NAMES.index("Harmony"), THRESHOLDS["Harmony"]
+    turns = threshold + scale * verdicts.scores[:, column]
     for state, distance in ((-1, 0.42), (1, 0.13)):
-        off = np.abs(turns[states[:, NAMES.index("Harmony")] == state] - distance)
+        off = np.abs(turns[fresh[1][:, column] == state] - distance)
         assert len(off) > 900 and np.quantile(off, 0.95) < 0.05
 
 

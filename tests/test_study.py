@@ -116,9 +116,9 @@ def test_an_error_of_a_command_is_one_line(tmp_path):
 def test_speed_decoupling_and_guidance(out, monkeypatch):
     summary, text = run(out, "speed", "--seeds", "1", "--only", "none", "none, slower", "constant")
     assert [p["step"] for p in summary["curves"]["none"][0]] == [0, 1, 2] and "| constant |" in text
-    summary, text = run(out, "decoupling", "--seeds", "1", "--only", "k 0", "--paint", "4")
+    summary, text = run(out, "decoupling", "--seeds", "1", "--only", "k 0", "--paint", "4", "--validation", "101")
     assert list(summary["relative"]) == summary["roots"] and all(len(row) == 6 for row in summary["relative"].values())
-    assert set(summary["chosen"].values()) == {"k 0"} and "| Color Relations (k 0) |" in text and "--only \"k 0\" --seeds 1`;" in text and "Largest own share" in text
+    assert set(summary["chosen"].values()) == {"k 0"} and "| Color Relations (k 0) |" in text and "--only \"k 0\" --seeds 1 --validation 101`;" in text and "Largest own share" in text
     monkeypatch.setattr(study, "GUIDANCE", (1.0, 2.0))
     summary, text = run(out, "guidance", "--seeds", "1")
     assert [row[0]["neg"] for scales in summary["rows"].values() for row in scales.values()] and "1 call" in text

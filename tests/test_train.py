@@ -4,6 +4,7 @@ import json
 import math
 import re
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -30,6 +31,12 @@ CRITERIA = DATA.criteria
 def tiny_model(seed=0):
     torch.manual_seed(seed)
     return Model(CRITERIA, sorted(set(DATA.captions)), TINY, text_dim=16)
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    """The scripts train a model of this size from nothing, not the toy's."""
+    monkeypatch.setattr(train_sft, "Model", partial(Model, unet=TINY, text_dim=16))
 
 
 def plain(captions):
@@ -471,7 +478,7 @@ def test_each_dpo_picture_is_compared_with_its_own_reference():
     assert not torch.allclose(logs["winner"], logs["loser"])
 
 
-def test_unfit_checkpoints_are_refused(tmp_path):
+def test_unfit_checkpoints_are_refused(tiny, tmp_path):
     train_sft.main(["--out", str(tmp_path), "--count", "40", "--base-steps", "1", "--sft-steps", "1", "--batch", "4", "--sample-every", "0"])
     args = cpo_arguments("--out", str(tmp_path))
     other = from_painter(Criteria.load().select("Composition"), 20)
@@ -500,8 +507,8 @@ def test_scripts_from_nothing_to_a_report(tmp_path, capsys):
     assert "target" in capsys.readouterr().out
 
     before = (tmp_path / "base.pt").read_bytes(), (tmp_path / "auxiliary.pt").read_bytes()
-    line = train_cpo.main([*common, "--criteria", "Color Relations", "--name", "colour", "--steps", "20", "--samples", "0"])
-    assert line["step"] == 20 and (tmp_path / "colour.pt").exists()
+    line = train_cpo.main([*common, "--criteria", "Color Relations", "--name", "colour", "--steps", "2", "--paint", "4", "--samples", "0"])
+    assert line["step"] == 2 and (tmp_path / "colour.pt").exists()
     assert before == ((tmp_path / "base.pt").read_bytes(), (tmp_path / "auxiliary.pt").read_bytes())       # used, not remade
 
     kept = json.loads((tmp_path / "rows.json").read_text())              # the rows of base and auxiliary are not measured twice
@@ -553,7 +560,7 @@ def test_samples_go_towards_the_positive_and_away_from_the_negative(tmp_path, mo
     assert seen[1][0] == [Prompt("a boat", good, bad)]                    # without guidance one prompt carries both sides
 
 
-def test_own_tree_and_captions_train_without_a_report(tmp_path, capsys):
+def test_own_tree_and_captions_train_without_a_report(tiny, tmp_path, capsys):
     tree = {"name": "Mine", "children": [{"name": "Mood", "positive": "calm", "negative": "restless"}]}
     data = from_painter(count=12)
     rows = [{"file_name": f"{i:06d}.png", "caption": "a view", "positive": ["calm"] if i % 2 else [], "negative": [] if i % 2 else
@@ -572,7 +579,7 @@ def test_own_tree_and_captions_train_without_a_report(tmp_path, capsys):
         sample.main(["--checkpoint", str(tmp_path / "out" / "target.pt"), "--judge"])
 
 
-def test_exported_folder_trains_to_the_same_bytes_as_the_painter(tmp_path):
+def test_exported_folder_trains_to_the_same_bytes_as_the_painter(tiny, tmp_path):
     from_painter(count=40, seed=0).export(tmp_path / "paintings")
     flags = ["--base-steps", "3", "--sft-steps", "3", "--batch", "8", "--sample-every", "0", "--device", "cpu"]
     a = train_sft.main(["--out", str(tmp_path / "a"), "--count", "40", *flags])
@@ -580,7 +587,7 @@ def test_exported_folder_trains_to_the_same_bytes_as_the_painter(tmp_path):
     assert same(a[0], b[0]) and same(a[1], b[1])
 
 
-def test_base_and_auxiliary_are_used_again_only_for_the_same_data(tmp_path, capsys):
+def test_base_and_auxiliary_are_used_again_only_for_the_same_data(tiny, tmp_path, capsys):
     from_painter(count=12).export(tmp_path / "data")
     flags = ["--data", str(tmp_path / "data"), "--out", str(tmp_path / "out"), "--base-steps", "1", "--sft-steps", "1", "--batch", "4",
              "--sample-every", "0", "--device", "cpu"]
@@ -597,7 +604,7 @@ def test_base_and_auxiliary_are_used_again_only_for_the_same_data(tmp_path, caps
         train_sft.main(flags)
 
 
-def test_a_half_trained_auxiliary_is_no_teacher(tmp_path):
+def test_a_half_trained_auxiliary_is_no_teacher(tiny, tmp_path):
     args = cpo_arguments("--out", str(tmp_path), "--base-steps", "1", "--sft-steps", "2")
     train_sft.ensure_models(args, DATA)
     path = tmp_path / "auxiliary.pt"
