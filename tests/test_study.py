@@ -19,7 +19,7 @@ from nanocpo.study.mixture import NEGATIVE, PLAIN, POSITIVE, flawed_world
 from nanocpo.study.plots import bar_chart, line_chart, matrix_chart, ticks
 from nanocpo.unet import UNetConfig
 
-TINY = UNetConfig(channels=(16, 32), depth=(0, 1), heads=(2, 2), groups=8, context_dim=16, vector_dim=16)
+TINY = UNetConfig(channels=(16, 32), depth=(0, 0), heads=(2, 2), groups=8, context_dim=16, vector_dim=16)
 
 
 @pytest.fixture(scope="module")

@@ -20,10 +20,10 @@ from nanocpo.data import Batch, from_painter
 from nanocpo.evaluate import evaluate, unfit
 from nanocpo.losses import sft_loss
 from nanocpo.model import Model, load_checkpoint, load_model, save_atomic
-from nanocpo.train import Recipe, draw_t, drop_caption, finished, fit, load_data, noised, summarize
+from nanocpo.train import Recipe, changed, draw_t, drop_caption, finished, fit, load_data, noised, summarize
 from nanocpo.unet import UNetConfig
 
-TINY = UNetConfig(channels=(16, 32), depth=(0, 1), heads=(2, 2), groups=8, context_dim=16, vector_dim=16)
+TINY = UNetConfig(channels=(16, 32), depth=(0, 0), heads=(2, 2), groups=8, context_dim=16, vector_dim=16)
 DATA = from_painter(count=60, seed=1)
 CRITERIA = DATA.criteria
 
@@ -511,13 +511,6 @@ def test_scripts_from_nothing_to_a_report(tmp_path, capsys):
     assert line["step"] == 2 and (tmp_path / "colour.pt").exists()
     assert before == ((tmp_path / "base.pt").read_bytes(), (tmp_path / "auxiliary.pt").read_bytes())       # used, not remade
 
-    kept = json.loads((tmp_path / "rows.json").read_text())              # the rows of base and auxiliary are not measured twice
-    assert list(kept["rows"]) == ["base", "auxiliary", "auxiliary_prompted", "auxiliary_guided"]
-    kept["rows"]["base"]["neg"] = 99
-    (tmp_path / "rows.json").write_text(json.dumps(kept))
-    for seed, neg in (("0", 99), ("1", report["rows"]["base"]["neg"])):   # with another seed everything is measured anew
-        again = train_cpo.main([*common, "--name", "again", "--steps", "2", "--samples", "16", "--sampling-steps", "3", "--seed", seed])
-        assert again["rows"]["base"]["neg"] == pytest.approx(neg, abs=4) and list(again["rows"])[-1] == "again"
     images = sample.main(["--checkpoint", str(tmp_path / "target.pt"), "--caption", "a boat", "--count", "2", "--steps", "2", "--judge",
                           "--device", "cpu", "--out", str(tmp_path / "grid.png")])
     assert images.shape == (2, 32, 32, 3) and (tmp_path / "grid.png").stat().st_size > 0
@@ -535,15 +528,21 @@ def test_the_report_asks_each_model_in_its_way(tmp_path, monkeypatch):
         asked.update(models)
         return evaluate(models, *settings)
     monkeypatch.setattr(train_cpo, "evaluate", spy)
-    args = cpo_arguments("--out", str(tmp_path), "--samples", "4", "--sampling-steps", "2")
+    args, kept = cpo_arguments("--out", str(tmp_path), "--samples", "4", "--sampling-steps", "2"), tmp_path / "rows.json"
     train_cpo.report(args, base, auxiliary, target, 0)
     of_auxiliary = {"auxiliary": "plain", "auxiliary_prompted": "prompted", "auxiliary_guided": "guided"}
     stage_1 = {"base": (base, "plain")} | {name: (auxiliary, kind) for name, kind in of_auxiliary.items()}
     assert asked == stage_1 | {"target": (target, "plain")}
-    train_cpo.report(args, base, auxiliary, target, 0)
-    assert asked == {"target": (target, "plain")}
+    rows = json.loads(kept.read_text())
+    assert list(rows["rows"]) == list(stage_1)
+    rows["rows"]["base"]["neg"] = 99
+    kept.write_text(json.dumps(rows))
+    again = train_cpo.report(args, base, auxiliary, target, 0)
+    assert asked == {"target": (target, "plain")} and again["rows"]["base"]["neg"] == 99 and list(again["rows"]) == [*stage_1, "target"]
     train_cpo.report(args, base, base, target, 0)                         # another auxiliary
     assert list(asked) == [*stage_1, "target"]
+    anew = train_cpo.report(changed(args, seed=1), base, base, target, 0)                           # another seed
+    assert list(asked) == [*stage_1, "target"] and anew["rows"]["base"]["neg"] <= 12
 
 
 def test_samples_go_towards_the_positive_and_away_from_the_negative(tmp_path, monkeypatch):
