@@ -88,8 +88,8 @@ def run_stage(args, model, loss_step, name, steps, lr, made_of, kinds=("plain",)
         save_grid(Path(args.out) / "samples" / f"{name}_{step:05d}.png", images, captions * len(kinds), titles=titles)
 
     return fit(model, loss_step, Recipe(steps, lr), Path(args.out) / f"{name}.pt", name=name,
-               seed=args.seed, bf16=args.bf16, resume=args.resume, save_every=args.save_every, pictures=watch or pictures,
-               sample_every=args.sample_every, run={"batch": args.batch, "count": args.count} | made_of)
+               seed=args.seed, bf16=args.bf16, accumulate=args.accumulate, resume=args.resume, save_every=args.save_every,
+               pictures=watch or pictures, sample_every=args.sample_every, run={"batch": args.batch, "count": args.count} | made_of)
 
 
 def identity(args, data):

@@ -50,6 +50,7 @@ def add_common_arguments(parser):
     parser.add_argument("--device", type=pick_device, default="auto", help="auto, cpu, cuda, mps")
     parser.add_argument("--bf16", action="store_true", help="run the models in bfloat16; losses and weights stay float32")
     parser.add_argument("--batch", type=above(0), default=32)
+    parser.add_argument("--accumulate", type=above(0), default=1, help="batches whose gradients make one step; with --weights 4")
     parser.add_argument("--resume", action="store_true", help="continue a run that stopped, from its last checkpoint")
     parser.add_argument("--save-every", type=above(0), default=200, help="steps between checkpoints")
     parser.add_argument("--sample-every", type=above(-1), default=500, help="steps between sample grids (0: none)")
@@ -63,18 +64,19 @@ def load_data(args):
     return from_folder(args.data, criteria, skip_bad=args.skip_bad)
 
 
-def fit(model, loss_step, recipe, path, *, name, seed=0, bf16=False, resume=False, save_every=200, pictures=None,
-        sample_every=0, run=None):
+def fit(model, loss_step, recipe, path, *, name, seed=0, bf16=False, accumulate=1, resume=False, save_every=200,
+        pictures=None, sample_every=0, run=None):
     """Train `model` and write `path`; returns (the averaged model, frozen; the last log line).
 
     loss_step(model, generator) -> (loss, logs, t): draws its own batch with the generator; logs hold (B,) tensors, t is (B,).
+    accumulate: batches whose mean gradient makes one step.
     pictures(averaged model, step): called every sample_every steps. The log goes to a .jsonl beside `path`.
     run: what else decides the result, {name: value}; it is kept in the file, and only the same run is resumed (else ValueError).
     All randomness comes from one CPU generator whose state is in the checkpoint, so a resumed run ends in the same weights."""
     path, device = Path(path), model.device
     generator = torch.Generator().manual_seed(seed)
     average = model.frozen_copy()
-    run = {"steps": recipe.steps, "lr": recipe.lr, "seed": seed, "bf16": bf16} | (run or {})
+    run = {"steps": recipe.steps, "lr": recipe.lr, "seed": seed, "bf16": bf16, "accumulate": accumulate} | (run or {})
     optimizer = Muon(model, recipe.lr)
     first, lines, logged, log_file = 0, [], None, path.with_suffix(".jsonl")
     if resume and path.exists():
@@ -107,10 +109,12 @@ def fit(model, loss_step, recipe, path, *, name, seed=0, bf16=False, resume=Fals
     for step in bar:
         for group in optimizer.param_groups:
             group["lr"] = recipe.lr_at(step)
-        optimizer.zero_grad(set_to_none=True)                         # before the step, which may add gradients of its own
-        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-            loss, logs, t = loss_step(model, generator)
-        loss.backward()
+        optimizer.zero_grad(set_to_none=True)
+        for _ in range(accumulate):
+            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+                loss, logs, t = loss_step(model, generator)
+            (loss / accumulate).backward()
+            window.append((t, logs))
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
         if not torch.isfinite(norm):
             kept = f"The last checkpoint stays in {path}" if path.exists() else "No checkpoint was written yet"
@@ -119,7 +123,6 @@ def fit(model, loss_step, recipe, path, *, name, seed=0, bf16=False, resume=Fals
         decay = min(recipe.ema, (step + 1) / (step + 10))
         with torch.no_grad():
             torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - decay)
-        window.append((t, logs))
         if (step + 1) % log_every == 0 or step + 1 == recipe.steps:
             line = {"name": name, "step": step + 1, "lr": recipe.lr_at(step), "gradient_norm": norm.item(),
                     "seconds": round(time.time() - start, 2)} | summarize(window, model.diffusion.steps)

@@ -16,7 +16,7 @@ from sd_tiny import moved, tiny
 from nanocpo.criteria import Criteria, Prompt
 from nanocpo.data import Batch, DataError, from_painter
 from nanocpo.sd import finetune
-from nanocpo.sd.finetune import LatentPaintings, accumulated, buckets, nearest
+from nanocpo.sd.finetune import LatentPaintings, buckets, nearest
 from nanocpo.model import fingerprint, load_model
 from nanocpo.sd.model import Base, SDModel, cached, windows
 from nanocpo.sd.tokenizer import Tokenizer
@@ -124,30 +124,6 @@ def test_fit_trains_the_adapter_alone_and_resumes(checkpointing, tmp_path):
     assert fingerprint(base.base.parts.unet) == before
     with pytest.raises(ValueError, match="whole.pt: an adapter of Stable Diffusion.* --weights .* --lora .*whole.safetensors"):
         load_model(tmp_path / "whole.pt")                                  # no model of its own: this file resumes a run
-
-
-def test_accumulation_is_the_mean_over_batches():
-    base = tiny(dtype=torch.float64)
-    model, x = moved(base.with_adapter(2)), torch.randn(6, 4, 6, 6, dtype=torch.float64)
-    t = torch.tensor([1, 200, 400, 600, 800, 990])
-
-    def step_over(indices):
-        indices = iter(indices)
-
-        def step(model, generator):
-            i = next(indices)
-            loss = (model(x[i], t[i], ["a boat"] * len(i)) ** 2).flatten(1).mean(1)
-            return loss.mean(), {"loss": loss.detach()}, t[i]
-        return step
-    gradients = []
-    for step in (step_over([[0, 1, 2, 3, 4, 5]]), accumulated(step_over([[0, 1], [2, 3], [4, 5]]), 3)):
-        model.zero_grad()
-        loss, logs, times = step(model, None)
-        loss.backward()
-        assert logs["loss"].shape == (6,) and times.tolist() == t.tolist()
-        gradients.append([p.grad.clone() for p in model.parameters()])
-    for whole, parts in zip(*gradients):
-        torch.testing.assert_close(whole, parts, atol=1e-6, rtol=1e-5)
 
 
 # ---- prompts and caches

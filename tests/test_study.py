@@ -88,7 +88,7 @@ def test_run_that_stopped_goes_on(out, monkeypatch):
 
 
 def test_a_run_of_degraded_annotations_has_data_and_auxiliary_of_its_own(tmp_path, monkeypatch):
-    args = Namespace(out=str(tmp_path), seed=0, device="cpu", name="x", method="cpo", steps=1, batch=1)
+    args = Namespace(out=str(tmp_path), seed=0, device="cpu", name="x", method="cpo", steps=1, batch=1, accumulate=1)
     room, degraded = lab.Lab(args), Namespace(**vars(args), judged=0.25, wrong=0.0, model="auxiliary", prompt="guided")
     room.data, room.models = from_painter(count=200), {"base": "base", "auxiliary": "the folder's"}
     share = lambda data: round((data.annotations != 0).mean() / 0.05) * 0.05
@@ -186,7 +186,7 @@ def test_a_row_is_measured_with_the_run_s_own_settings(monkeypatch):
 
 
 def test_a_curve_is_never_resumed_and_a_run_counts_its_log_s_seconds(tmp_path, monkeypatch):
-    args, seen = Namespace(out=str(tmp_path), name="x", every=2, method="cpo", steps=4, batch=3, resume=True), []
+    args, seen = Namespace(out=str(tmp_path), name="x", every=2, method="cpo", steps=4, batch=3, accumulate=2, resume=True), []
 
     def align(args, data, base, auxiliary, watch=None):
         seen.append((args.resume, getattr(args, "sample_every", None)))
@@ -199,7 +199,8 @@ def test_a_curve_is_never_resumed_and_a_run_counts_its_log_s_seconds(tmp_path, m
     room = lab.Lab(args)
     room.data, room.models = None, {"base": None, "auxiliary": None}
     (point,) = lab.curve_run(room, args)["curve"]
-    assert point["step"] == 2 and point["neg"] == "average" and lab.align_run(room, args)["seconds"] == 70.5
+    result = lab.align_run(room, args)
+    assert point["step"] == 2 and point["neg"] == "average" and (result["seconds"], result["images"]) == (70.5, 4 * 3 * 2)
     assert seen == [(False, 2), (True, None)] and not (tmp_path / "x.pt").exists()
 
 

@@ -1,5 +1,6 @@
 """The training loop and the scripts: what is trained, what is frozen, what a resumed run gives, what is written."""
 import argparse
+import copy
 import json
 import math
 import re
@@ -148,6 +149,27 @@ def test_one_step_moves_every_parameter_and_lowers_the_loss_on_a_fixed_batch(tmp
     assert fixed(model, None)[0].item() < before
 
 
+def test_accumulation_is_the_mean_over_batches(tmp_path):
+    """One step on six pictures, and on three batches of two: the same gradient and the same log."""
+    model, t, noise, found = tiny_model(), torch.tensor([1, 200, 400, 600, 800, 990]), torch.randn(6, 12, 16, 16), []
+    for batches in ([[0, 1, 2, 3, 4, 5]], [[0, 1], [2, 3], [4, 5]]):
+        left = iter(batches)
+
+        def step(model, generator):
+            i = next(left)
+            batch = DATA.batch(i)
+            xt, times, _, goal = noised(model, batch.images, generator, t[i], noise[i])
+            return *sft_loss(model(xt, times, plain(batch.captions)), goal), times
+        trained = copy.deepcopy(model)
+        _, line = fit(trained, step, Recipe(1, 1e-3), tmp_path / "x.pt", name="x", accumulate=len(batches))
+        assert next(left, None) is None                           # all were drawn
+        found.append(([p.grad for p in trained.parameters() if p.grad is not None], [x for x in line["per_t"]["loss"] if x is not None]))
+    (whole, log), (parts, other) = found
+    for a, b in zip(whole, parts, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-4)
+    assert len(log) == 6 and log == pytest.approx(other, rel=1e-4)
+
+
 def test_average_follows_with_the_stated_decay(tmp_path):
     """(1 + step) / (10 + step), at most Recipe.ema."""
     seen, model = [], tiny_model()
@@ -173,10 +195,10 @@ def test_the_optimizer_gets_the_rate_of_the_schedule(tmp_path):
 
 def test_a_stage_trains_as_its_flags_say(tmp_path, monkeypatch):
     monkeypatch.setattr(train_sft, "fit", lambda *arguments, **named: (arguments, named))
-    args = cpo_arguments("--resume", "--bf16", "--seed", "3", "--save-every", "7", "--out", str(tmp_path))
+    args = cpo_arguments("--resume", "--bf16", "--accumulate", "2", "--seed", "3", "--save-every", "7", "--out", str(tmp_path))
     (model, step, recipe, path), named = train_sft.run_stage(args, tiny_model(), "step", "x", 9, 1e-3, {})
     assert (step, recipe.steps, recipe.lr, path) == ("step", 9, 1e-3, tmp_path / "x.pt")
-    assert [named[key] for key in ("resume", "bf16", "seed", "save_every", "sample_every")] == [True, True, 3, 7, 0]
+    assert [named[key] for key in ("resume", "bf16", "accumulate", "seed", "save_every", "sample_every")] == [True, True, 2, 3, 7, 0]
     flawed, mixed = (load_data(cpo_arguments("--data", regime, "--count", "200", "--seed", "3")) for regime in ("flawed", "mixed"))
     assert (mixed.annotations < 0).sum(1).min() < 4 and mixed.digest() == from_painter(count=200, regime="mixed", seed=3).digest()
     assert flawed.digest() == from_painter(count=200, seed=3).digest()

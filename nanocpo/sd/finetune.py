@@ -26,7 +26,7 @@ from .report import held_out, report
 from .weights import load_parts
 
 # what the scripts' flags default to with --weights; ours, not tuned on real weights
-TRAINING = {"batch": 1, "sft_steps": 2000, "sft_lr": 1e-4, "steps": 500, "lr": 1e-4, "sample_every": 0, "samples": 16,
+TRAINING = {"batch": 1, "accumulate": 4, "sft_steps": 2000, "sft_lr": 1e-4, "steps": 500, "lr": 1e-4, "sample_every": 0, "samples": 16,
             "sampling_steps": 20, "guidance": 7.5, "paint": 0}
 SAMPLING = {"guidance": 7.5, "steps": 30, "count": 1}
 
@@ -46,7 +46,6 @@ def add_arguments(parser):
                        "base was trained on (512; 768 for a single file of SD 2, 1024 for XL)")
     group.add_argument("--bucket-step", type=above(0), default=64, help="sides of pictures are multiples of this")
     group.add_argument("--rank", type=above(0), default=8, help="of the adapters")
-    group.add_argument("--accumulate", type=above(0), default=4, help="batches whose gradients make one step")
     group.add_argument("--checkpointing", action="store_true", help="recompute activations: less memory, more time")
     group.add_argument("--no-cache", action="store_true", help="do not keep latents and encoded prompts in OUT/cache")
 
@@ -149,20 +148,6 @@ def start(args):
     return data, SDModel(base.base)
 
 
-def accumulated(loss_step, count):
-    """A loss step whose gradient is the mean over `count` batches: all but the last are taken back here, the last by fit()."""
-    def step(model, generator):
-        parts = []
-        for i in range(count):
-            loss, *part = loss_step(model, generator)
-            parts.append(part)
-            if i + 1 < count:
-                (loss / count).backward()
-        logs, times = zip(*parts)
-        return loss / count, {name: torch.cat([log[name] for log in logs]) for name in logs[0]}, torch.cat(times)
-    return step
-
-
 def train(args, data, base, loss_step, name, steps, lr, made_of):
     """Train a new adapter on the base -> OUT/NAME.pt (to resume) and OUT/NAME.safetensors, kohya's layout in NAME_kohya.safetensors;
     returns (the averaged model, frozen; the last log line). made_of: what of this stage must be the same to resume it (fit's `run`)."""
@@ -176,10 +161,10 @@ def train(args, data, base, loss_step, name, steps, lr, made_of):
 
     parts = base.base.parts
     run = {"data": data.digest(), "base": fingerprint(parts.unet, *parts.encoders), "prediction": base.diffusion.prediction, "rank": args.rank,
-           "batch": args.batch, "accumulate": args.accumulate}
-    average, line = fit(model, accumulated(loss_step, args.accumulate), Recipe(steps, lr), out / f"{name}.pt",
-                        name=name, seed=args.seed, resume=args.resume, save_every=args.save_every, pictures=pictures,
-                        sample_every=args.sample_every, run=run | made_of)
+           "batch": args.batch}
+    average, line = fit(model, loss_step, Recipe(steps, lr), out / f"{name}.pt", name=name, seed=args.seed, accumulate=args.accumulate,
+                        resume=args.resume, save_every=args.save_every, pictures=pictures, sample_every=args.sample_every,
+                        run=run | made_of)
     lora.save(average.adapter, out / f"{name}.safetensors")
     lora.save(average.adapter, out / f"{name}_kohya.safetensors", "kohya")
     print(f"{out / name}.safetensors written")

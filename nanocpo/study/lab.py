@@ -137,7 +137,7 @@ def align_run(lab, args):
     target, line = align(args, data, lab.models["base"], auxiliary)
     checkpoint = Path(args.out) / f"{args.name}.pt"
     result = {"row": measured(lab, args, target), "seconds": line["seconds"],       # the log's: a resumed run counts on
-              "images": args.steps * args.batch * (2 if args.method == "dpo" else 1),
+              "images": args.steps * args.batch * args.accumulate * (2 if args.method == "dpo" else 1),
               "log": {k: v for k, v in line.items() if k != "per_t"}}
     checkpoint.unlink()                                           # the numbers and the pictures stay, tens of megabytes do not
     return result
