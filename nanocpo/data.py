@@ -179,6 +179,8 @@ def open_picture(path, shape):
             return ImageOps.fit(image.convert("RGB"), shape(image.size), Image.Resampling.LANCZOS)
     except FileNotFoundError as error:
         raise DataError(f"{path} does not exist; correct file_name or add the picture") from error
+    except Image.DecompressionBombError as error:
+        raise DataError(f"{path} is too large ({error}); save a smaller copy") from error
     except Exception as error:                                    # a damaged file can raise nearly anything in Pillow
         raise DataError(f"{path} cannot be read as a picture ({error}); save it again as an RGB PNG or JPEG") from error
 

@@ -259,6 +259,7 @@ MUTANTS = [
           ('"attention_head_dim": [5, 10, 20, 20]', '"attention_head_dim": 8', "SD 2 files have SD 1's heads")),
     *_all("nanocpo/sd/weights.py",
           ('get("num_attention_heads") or get("attention_head_dim")', 'get("attention_head_dim")', "heads where a file says both"),
+          ("if xl and not encoders[1].config.projection:", "if False:", "XL's pooled vector without its projection"),
           ('zero_snr=bool(config.get("rescale_betas_zero_snr"))', "zero_snr=False", "zero-terminal SNR is not read"),
           ('if name == "vae" and dtype == torch.float16', "if False", "XL's VAE overflows in float16"),
           ("if value not in only.get(key, (None, False)):", "if False:", "settings that change the computation are ignored")),

@@ -128,6 +128,8 @@ def single(kind, folder):
         text = openclip(text)
     else:
         text["embeddings.position_ids"] = torch.arange(77)[None]
+        # some programs save the whole of CLIP's text half
+        text |= {"text_projection.weight": torch.ones(24, 24, dtype=torch.float64), "logit_scale": torch.tensor(4.6, dtype=torch.float64)}
     state |= {clip + name: x for name, x in text.items()}
     if kind == "sdxl":
         state |= {"conditioner.embedders.1.model." + name: x for name, x in openclip(read("text_encoder_2")).items()}
@@ -312,6 +314,21 @@ def test_weights_that_do_not_fit_are_shown(saved, tmp_path):
         load_parts(broken)
     shutil.rmtree(broken / "text_encoder")
     with pytest.raises(WeightsError, match="needs unet/, vae/ and text_encoder/"):
+        load_parts(broken)
+
+
+def test_xl_needs_both_text_encoders_and_the_second_one_s_projection(saved, tmp_path):
+    kind, folder, _ = saved
+    if kind != "sdxl":
+        pytest.skip("of XL")
+    broken = tmp_path / "broken"
+    shutil.copytree(folder, broken)
+    config = broken / "text_encoder_2" / "config.json"
+    config.write_text(config.read_text().replace("CLIPTextModelWithProjection", "CLIPTextModel"))
+    with pytest.raises(WeightsError, match="text_encoder_2 must be a CLIPTextModelWithProjection"):
+        load_parts(broken)
+    shutil.rmtree(broken / "text_encoder_2")
+    with pytest.raises(WeightsError, match="two text encoders.*this has 1"):
         load_parts(broken)
 
 

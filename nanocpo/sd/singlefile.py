@@ -75,14 +75,14 @@ def vae_name(name, levels):
 
 
 def openclip(state, penultimate=False):
-    """OpenCLIP's text tower -> ours. q, k and v are stacked there; the projection is (in, out). penultimate: without what comes after the
-    last block but one, which SD 2 does not use, where a file has it (those that were converted from diffusers' layout have not)."""
-    out, unused = {}, ["logit_scale"]
+    """OpenCLIP's text tower -> ours. q, k and v are stacked there; the projection is (in, out). penultimate: without the last block, which
+    SD 2 does not use, where a file has it (those that were converted from diffusers' layout have not, nor a projection)."""
+    out, unused = {}, None
     if penultimate and "text_projection" in state:
         blocks = [int(block[1]) for block in (re.match(r"transformer\.resblocks\.(\d+)\.", name) for name in state) if block]
-        unused += [f"transformer.resblocks.{max(blocks, default=0)}.", "text_projection"]
+        unused = f"transformer.resblocks.{max(blocks, default=0)}."
     for name, tensor in state.items():
-        if name.startswith(tuple(unused)):
+        if unused and name.startswith(unused):
             continue
         name = re.sub(r"^transformer\.resblocks\.", "encoder.layers.", name)
         stacked = re.match(r"(.*\.)attn\.in_proj_(weight|bias)$", name)

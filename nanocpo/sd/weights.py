@@ -127,7 +127,9 @@ def build(kind, config, state, dtype, where):
     with torch.device("meta"):
         model = kind(config)
     want = {name: p.shape for name, p in model.state_dict().items()}
-    state = {modern(name): x for name, x in state.items() if not name.endswith("position_ids")}
+    # what some files hold and nobody reads: the positions, a scale of CLIP's training, a projection where none is used
+    unused = ("position_ids", "logit_scale") + ("text_projection.weight",) * ("text_projection.weight" not in want)
+    state = {modern(name): x for name, x in state.items() if not name.endswith(unused)}
     for name, x in state.items():                                 # 1x1 convolutions of old files are linear layers here
         if x.dim() == 4 and name in want and len(want[name]) == 2 and x.shape[2:] == (1, 1):
             state[name] = x[:, :, 0, 0]
@@ -178,6 +180,8 @@ def load_parts(path, config=None, tokenizer=None, variant=None, dtype=torch.floa
     xl = len(encoders) == 2
     if bool(unet.config.vector_dim) != xl:
         raise WeightsError(f"{path}: XL's UNet goes with two text encoders, the others with one; this has {len(encoders)}")
+    if xl and not encoders[1].config.projection:
+        raise WeightsError(f"{path}: text_encoder_2 must be a CLIPTextModelWithProjection; its config.json says that it is none")
     tokenizers = []
     for i, encoder in enumerate(encoders):
         place = tokenizer or (folder or path.parent) / ("tokenizer_2" if i else "tokenizer")
