@@ -122,7 +122,7 @@ def _colour(rgb, mask):
     """The median over the masked pixels of each image and channel: (N, 32, 32, 3), (N, 32, 32) bool -> (N, 3); 0 where there are none."""
     count, n = mask.sum((1, 2)), np.arange(len(rgb))
     ranked = np.sort(np.where(mask[..., None], rgb, np.inf).reshape(len(rgb), -1, rgb.shape[-1]), axis=1)           # the masked come first
-    middle = (ranked[n, np.maximum(count - 1, 0) // 2] + ranked[n, count // 2 % ranked.shape[1]]) / 2
+    middle = (ranked[n, (count - 1) // 2] + ranked[n, count // 2]) / 2
     return np.where(count[:, None], middle, 0)
 
 
