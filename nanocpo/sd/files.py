@@ -16,7 +16,7 @@ def safetensors():
     try:
         import safetensors.torch
     except ImportError as error:
-        raise WeightsError("reading .safetensors needs the package safetensors: pip install 'nanocpo[sd]'") from error
+        raise WeightsError("reading .safetensors needs the package of this name: pip install safetensors") from error
     return safetensors.torch
 
 
