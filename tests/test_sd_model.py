@@ -356,7 +356,7 @@ def test_samples_go_towards_the_positive_and_away_from_the_negative(world, tmp_p
         sample.main([*flags, "--positive", "all"])
 
 
-def test_both_stages_end_to_end_and_diffusers_paints_the_same(world, tmp_path):
+def test_both_stages_end_to_end_and_diffusers_paints_the_same(world, tmp_path, capsys):
     pytest.importorskip("peft")
     import sample
     import train_cpo
@@ -395,9 +395,12 @@ def test_both_stages_end_to_end_and_diffusers_paints_the_same(world, tmp_path):
     for more, what, text in ((["--stabilizer", "none"], "stabilizer", rows), (["--rank", "3"], "rank", rows), (lora, "auxiliary", rows),
                              ([], "data", "\n".join(rows.splitlines()[::-1])), (["--prediction", "v"], "prediction", rows)):
         listing.write_text(text)
+        capsys.readouterr()
         with pytest.raises(ValueError, match=rf"target.pt belongs to another run \({what}\)"):
             train_cpo.main(common + ALIGN + ["--resume", *more])
         listing.write_text(rows)
+        other = f"auxiliary.safetensors: used as it is (trained with another {what}: "                  # it is used, but not silently
+        assert (other in capsys.readouterr().out) == (what in ("data", "prediction"))
 
     pipe = world[2]
     for name in ("target.safetensors", "target_kohya.safetensors"):

@@ -18,7 +18,7 @@ from ..cli import above
 from ..criteria import Criteria, Prompt
 from ..data import Batch, Paintings, open_picture, read_folder, to_images, to_tensor
 from ..grid import save_grid
-from ..model import fingerprint
+from ..model import fingerprint, load_checkpoint
 from ..train import Recipe, changed, fit
 from .files import WeightsError
 from .model import Base, SDModel, cached
@@ -148,6 +148,11 @@ def start(args):
     return data, SDModel(base.base)
 
 
+def identity(data, base):
+    """What an adapter is made of, {name: digest}."""
+    return {"data": data.digest(), "base": base.base.digest, "prediction": base.diffusion.prediction}
+
+
 def train(args, data, base, loss_step, name, steps, lr, made_of):
     """Train a new adapter on the base -> OUT/NAME.pt (to resume) and OUT/NAME.safetensors, kohya's layout in NAME_kohya.safetensors;
     returns (the averaged model, frozen; the last log line). made_of: what of this stage must be the same to resume it (fit's `run`)."""
@@ -159,9 +164,7 @@ def train(args, data, base, loss_step, name, steps, lr, made_of):
                                  for m in (base, average)])
         save_grid(out / "samples" / f"{name}_{step:05d}.png", images, captions * 2, columns=4, zoom=1, titles=["base", f"{name}, step {step}"])
 
-    parts = base.base.parts
-    run = {"data": data.digest(), "base": fingerprint(parts.unet, *parts.encoders), "prediction": base.diffusion.prediction, "rank": args.rank,
-           "batch": args.batch}
+    run = identity(data, base) | {"rank": args.rank, "batch": args.batch}
     average, line = fit(model, loss_step, Recipe(steps, lr), out / f"{name}.pt", name=name, seed=args.seed, accumulate=args.accumulate,
                         resume=args.resume, save_every=args.save_every, pictures=pictures, sample_every=args.sample_every,
                         run=run | made_of)
@@ -183,12 +186,18 @@ def with_lora(base, path, merge_text=False):
 
 
 def ensure_auxiliary(args, data, base, loss_step):
-    """The auxiliary: --lora's adapter, or OUT's (which is only written when it is ready, and trained now if it is not there)."""
+    """The auxiliary: --lora's adapter, or OUT's (which is only written when it is ready, and trained now if it is not there). Says so if
+    OUT's, as far as its checkpoint is still there, was trained on other data or another base: it may serve on, or be the wrong one."""
     path = Path(args.lora or Path(args.out) / "auxiliary.safetensors")
-    if not args.lora and not path.is_file():
-        train(args, data, base, loss_step, "auxiliary", args.sft_steps, args.sft_lr, {})
+    if args.lora:
+        print(f"{path}: used as it is")
+    elif path.is_file():
+        checkpoint, now = path.with_suffix(".pt"), identity(data, base)
+        was = load_checkpoint(checkpoint).get("run", {}) if checkpoint.is_file() else {}
+        other = " and ".join(key for key in now if was.get(key, now[key]) != now[key])
+        print(f"{path}: used as it is" + (f" (trained with another {other}: other files or flags)" if other else "") + "; delete it to train another")
     else:
-        print(f"{path}: used as it is" + ("" if args.lora else "; delete it to train another"))
+        train(args, data, base, loss_step, "auxiliary", args.sft_steps, args.sft_lr, {})
     return with_lora(base, path)
 
 

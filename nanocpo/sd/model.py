@@ -5,7 +5,7 @@ import math
 import warnings
 from contextlib import nullcontext
 from dataclasses import replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
@@ -67,6 +67,11 @@ class Base:
         if checkpointing:
             for level in (*parts.unet.down_blocks, parts.unet.mid_block, *parts.unet.up_blocks):
                 level.step = partial(recomputed, level.step, self.lora)
+
+    @cached_property
+    def digest(self):
+        """Of the weights that adapters are trained on."""
+        return fingerprint(self.parts.unet, *self.parts.encoders)
 
     @torch.no_grad()
     def tokens(self, prompts):
