@@ -20,7 +20,7 @@ from nanocpo.grid import save_grid
 from nanocpo.losses import sft_loss
 from nanocpo.model import Model, fingerprint, load_checkpoint, load_model
 from nanocpo.sd import finetune
-from nanocpo.train import REGIMES, Recipe, add_common_arguments, draw, drop_caption, finished, fit, load_data, noised
+from nanocpo.train import REGIMES, Recipe, add_common_arguments, differing, draw, drop_caption, finished, fit, load_data, noised
 
 
 def add_sft_arguments(parser):
@@ -108,11 +108,11 @@ def ensure_models(args, data):
         if model.criteria.to_dict() != data.criteria.to_dict() or set(data.captions) - set(model.captions):
             raise ValueError(f"{path} was trained with another tree or other captions than those of {args.data}; choose another --out, "
                              "or delete the file")
-        wrong = [key for key, value in made_of.items() if run.get(key, value) != value]
+        wrong = differing(run, made_of)
         if wrong:
             raise ValueError(f"{path} was made with another {' and another '.join(wrong)} than this run's; choose another --out, or delete "
                              "the file")
-        other = ", ".join(f"{key} {run.get(key)}, not {value}" for key, value in flags.items() if run.get(key, value) != value)
+        other = ", ".join(f"{key} {run[key]}, not {flags[key]}" for key in differing(run, flags))
         if other:
             print(f"{path} is used as it is ({other}); delete it to train another")
         return model

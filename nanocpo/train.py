@@ -159,6 +159,11 @@ def finished(path):
     return state["step"] >= state["steps"]
 
 
+def differing(run, now):
+    """The names in `now`, {name: value}, that a checkpoint's `run` (see fit) has with another value."""
+    return [name for name, value in now.items() if run.get(name, value) != value]
+
+
 def draw_t(count, steps, generator, lean=0.7):
     """count timesteps t = T u^lean with u uniform in [0, 1): with 0.7 the noisy half, where subject and composition are decided, gets
     63 % of them (ours; E18). u is stratified, one in each of `count` equal parts of [0, 1): a batch sees all noise levels (2107.00630)."""

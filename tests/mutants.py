@@ -285,7 +285,7 @@ MUTANTS = [
           ("getattr(torch, args.dtype), args.prediction", "torch.float32, args.prediction", "--dtype does nothing"),
           ("name=name, seed=args.seed, accumulate", "name=name, accumulate", "--seed does nothing"),
           ("accumulate=args.accumulate", "accumulate=1", "--accumulate does nothing with --weights"),
-          ("if checkpoint.is_file() else {}", "if False else {}", "an auxiliary of another base is used silently"),
+          ("if checkpoint.is_file():", "if False:", "an auxiliary of another base is used silently"),
           ("model.sample(prompts, away, args.guidance", "model.sample(prompts, None, args.guidance", "--negative does nothing")),
     *_all("nanocpo/sd/report.py",
           ("(each[..., 1] - each[..., 0])", "(each[..., 0] - each[..., 1])", "log-ratio upside down")),

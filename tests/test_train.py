@@ -161,12 +161,12 @@ def test_accumulation_is_the_mean_over_batches(tmp_path):
             xt, times, _, goal = noised(model, batch.images, generator, t[i], noise[i])
             return *sft_loss(model(xt, times, plain(batch.captions)), goal), times
         trained = copy.deepcopy(model)
-        _, line = fit(trained, step, Recipe(1, 1e-3), tmp_path / "x.pt", name="x", accumulate=len(batches))
+        _, line = fit(trained, step, Recipe(1, 1e-3, clip=1e9), tmp_path / "x.pt", name="x", accumulate=len(batches))
         assert next(left, None) is None                           # all were drawn
         found.append(([p.grad for p in trained.parameters() if p.grad is not None], [x for x in line["per_t"]["loss"] if x is not None]))
     (whole, log), (parts, other) = found
     for a, b in zip(whole, parts, strict=True):
-        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-4)
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
     assert len(log) == 6 and log == pytest.approx(other, rel=1e-4)
 
 
@@ -528,17 +528,29 @@ def test_scripts_from_nothing_to_a_report(tmp_path, capsys):
     assert all((tmp_path / name).stat().st_size > 0 for name in files)
     assert "target" in capsys.readouterr().out
 
-    before = (tmp_path / "base.pt").read_bytes(), (tmp_path / "auxiliary.pt").read_bytes()
-    line = train_cpo.main([*common, "--criteria", "Color Relations", "--name", "colour", "--steps", "2", "--paint", "4", "--samples", "0"])
-    assert line["step"] == 2 and (tmp_path / "colour.pt").exists()
-    assert before == ((tmp_path / "base.pt").read_bytes(), (tmp_path / "auxiliary.pt").read_bytes())       # used, not remade
-
     images = sample.main(["--checkpoint", str(tmp_path / "target.pt"), "--caption", "a boat", "--count", "2", "--steps", "2", "--judge",
                           "--device", "cpu", "--out", str(tmp_path / "grid.png")])
     assert images.shape == (2, 32, 32, 3) and (tmp_path / "grid.png").stat().st_size > 0
     guided = sample.main(["--checkpoint", str(tmp_path / "auxiliary.pt"), "--caption", "a boat", "--count", "2", "--steps", "2", "--positive",
                           "all", "--negative", "all", "--guidance", "2", "--device", "cpu", "--out", str(tmp_path / "grid.png")])
     assert not np.array_equal(guided, images)
+
+
+def test_what_is_there_is_used_again(tiny, tmp_path):
+    common = ["--out", str(tmp_path), "--count", "100", "--batch", "4", "--device", "cpu", "--sample-every", "0"]
+    report = train_cpo.main([*common, "--base-steps", "2", "--sft-steps", "2", "--steps", "2", "--samples", "16", "--sampling-steps", "3"])
+    before = (tmp_path / "base.pt").read_bytes(), (tmp_path / "auxiliary.pt").read_bytes()
+    line = train_cpo.main([*common, "--criteria", "Color Relations", "--name", "colour", "--steps", "20", "--paint", "4", "--samples", "0"])
+    assert line["step"] == 20 and (tmp_path / "colour.pt").exists()
+    assert before == ((tmp_path / "base.pt").read_bytes(), (tmp_path / "auxiliary.pt").read_bytes())       # used, not remade
+
+    kept = json.loads((tmp_path / "rows.json").read_text())              # the rows of base and auxiliary are not measured twice
+    assert list(kept["rows"]) == ["base", "auxiliary", "auxiliary_prompted", "auxiliary_guided"]
+    kept["rows"]["base"]["neg"] = 99
+    (tmp_path / "rows.json").write_text(json.dumps(kept))
+    for seed, neg in (("0", 99), ("1", report["rows"]["base"]["neg"])):   # with another seed everything is measured anew
+        again = train_cpo.main([*common, "--name", "again", "--steps", "2", "--samples", "16", "--sampling-steps", "3", "--seed", seed])
+        assert again["rows"]["base"]["neg"] == pytest.approx(neg, abs=4) and list(again["rows"])[-1] == "again"
 
 
 def test_the_report_asks_each_model_in_its_way(tmp_path, monkeypatch):
@@ -550,21 +562,17 @@ def test_the_report_asks_each_model_in_its_way(tmp_path, monkeypatch):
         asked.update(models)
         return evaluate(models, *settings)
     monkeypatch.setattr(train_cpo, "evaluate", spy)
-    args, kept = cpo_arguments("--out", str(tmp_path), "--samples", "4", "--sampling-steps", "2"), tmp_path / "rows.json"
+    args = cpo_arguments("--out", str(tmp_path), "--samples", "4", "--sampling-steps", "2")
     train_cpo.report(args, base, auxiliary, target, 0)
     of_auxiliary = {"auxiliary": "plain", "auxiliary_prompted": "prompted", "auxiliary_guided": "guided"}
     stage_1 = {"base": (base, "plain")} | {name: (auxiliary, kind) for name, kind in of_auxiliary.items()}
     assert asked == stage_1 | {"target": (target, "plain")}
-    rows = json.loads(kept.read_text())
-    assert list(rows["rows"]) == list(stage_1)
-    rows["rows"]["base"]["neg"] = 99
-    kept.write_text(json.dumps(rows))
-    again = train_cpo.report(args, base, auxiliary, target, 0)
-    assert asked == {"target": (target, "plain")} and again["rows"]["base"]["neg"] == 99 and list(again["rows"]) == [*stage_1, "target"]
+    train_cpo.report(args, base, auxiliary, target, 0)
+    assert asked == {"target": (target, "plain")}
     train_cpo.report(args, base, base, target, 0)                         # another auxiliary
     assert list(asked) == [*stage_1, "target"]
-    anew = train_cpo.report(changed(args, seed=1), base, base, target, 0)                           # another seed
-    assert list(asked) == [*stage_1, "target"] and anew["rows"]["base"]["neg"] <= 12
+    train_cpo.report(changed(args, seed=1), base, base, target, 0)        # another seed
+    assert list(asked) == [*stage_1, "target"]
 
 
 def test_samples_go_towards_the_positive_and_away_from_the_negative(tmp_path, monkeypatch):

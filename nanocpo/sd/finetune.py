@@ -19,7 +19,7 @@ from ..criteria import Criteria, Prompt
 from ..data import Batch, Paintings, open_picture, read_folder, to_images, to_tensor
 from ..grid import save_grid
 from ..model import fingerprint, load_checkpoint
-from ..train import Recipe, changed, fit
+from ..train import Recipe, changed, differing, fit
 from .files import WeightsError
 from .model import Base, SDModel, cached
 from .report import held_out, report
@@ -148,7 +148,7 @@ def start(args):
     return data, SDModel(base.base)
 
 
-def identity(data, base):
+def sources(data, base):
     """What an adapter is made of, {name: digest}."""
     return {"data": data.digest(), "base": base.base.digest, "prediction": base.diffusion.prediction}
 
@@ -164,7 +164,7 @@ def train(args, data, base, loss_step, name, steps, lr, made_of):
                                  for m in (base, average)])
         save_grid(out / "samples" / f"{name}_{step:05d}.png", images, captions * 2, columns=4, zoom=1, titles=["base", f"{name}, step {step}"])
 
-    run = identity(data, base) | {"rank": args.rank, "batch": args.batch}
+    run = sources(data, base) | {"rank": args.rank, "batch": args.batch}
     average, line = fit(model, loss_step, Recipe(steps, lr), out / f"{name}.pt", name=name, seed=args.seed, accumulate=args.accumulate,
                         resume=args.resume, save_every=args.save_every, pictures=pictures, sample_every=args.sample_every,
                         run=run | made_of)
@@ -192,9 +192,9 @@ def ensure_auxiliary(args, data, base, loss_step):
     if args.lora:
         print(f"{path}: used as it is")
     elif path.is_file():
-        checkpoint, now = path.with_suffix(".pt"), identity(data, base)
-        was = load_checkpoint(checkpoint).get("run", {}) if checkpoint.is_file() else {}
-        other = " and ".join(key for key in now if was.get(key, now[key]) != now[key])
+        checkpoint, other = path.with_suffix(".pt"), ""
+        if checkpoint.is_file():
+            other = " and ".join(differing(load_checkpoint(checkpoint).get("run", {}), sources(data, base)))
         print(f"{path}: used as it is" + (f" (trained with another {other}: other files or flags)" if other else "") + "; delete it to train another")
     else:
         train(args, data, base, loss_step, "auxiliary", args.sft_steps, args.sft_lr, {})

@@ -128,8 +128,8 @@ def build(kind, config, state, dtype, where):
         model = kind(config)
     want = {name: p.shape for name, p in model.state_dict().items()}
     # what some files hold and nobody reads: the positions, a scale of CLIP's training, a projection where none is used
-    unused = ("position_ids", "logit_scale") + ("text_projection.weight",) * ("text_projection.weight" not in want)
-    state = {modern(name): x for name, x in state.items() if not name.endswith(unused)}
+    unused = ("position_ids", "logit_scale", "text_projection.weight")
+    state = {modern(name): x for name, x in state.items() if modern(name) in want or not name.endswith(unused)}
     for name, x in state.items():                                 # 1x1 convolutions of old files are linear layers here
         if x.dim() == 4 and name in want and len(want[name]) == 2 and x.shape[2:] == (1, 1):
             state[name] = x[:, :, 0, 0]
