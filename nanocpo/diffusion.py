@@ -1,61 +1,79 @@
-"""Diffusion: noise schedules, the forward process, eps / v / x0 conversions, one sampler for DDPM and DDIM, guidance.
+"""Diffusion: noise schedules, the forward process, eps / v / x0 conversions, guidance, and one
+sampler for DDPM and DDIM.
 
-x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps, t = 0 .. T-1 (2006.11239, equation 4). Tensors are (B, C, H, W), t is (B,) int64.
+    x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps      (2006.11239, equation 4; E1)
+
+t = 0 .. T-1. Tensors are (B, C, H, W), t is (B,) int64. "E1" and the like are equations of
+docs/derivation.md.
 """
 import torch
 
 
 def cosine_alpha_bar(steps=1000):
-    """alpha_bar (steps,) float64 of the cosine schedule; beta is clipped at 0.999 (2102.09672, equation 17)."""
+    """alpha_bar (steps,) float64 of the cosine schedule; beta is clipped at 0.999 (2102.09672,
+    equation 17)."""
     x = torch.arange(steps + 1, dtype=torch.float64) / steps
     f = torch.cos((x + 0.008) / 1.008 * torch.pi / 2) ** 2
     return torch.cumprod(1 - (1 - f[1:] / f[:-1]).clamp(max=0.999), 0)
 
 
 def scaled_linear_alpha_bar(steps=1000):
-    """alpha_bar (steps,) float64 of Stable Diffusion's schedule: beta is the square of a line (2112.10752)."""
-    return torch.cumprod(1 - torch.linspace(0.00085 ** 0.5, 0.012 ** 0.5, steps, dtype=torch.float64) ** 2, 0)
+    """alpha_bar (steps,) float64 of Stable Diffusion's schedule: beta is the square of a line
+    (2112.10752)."""
+    beta = torch.linspace(0.00085 ** 0.5, 0.012 ** 0.5, steps, dtype=torch.float64) ** 2
+    return torch.cumprod(1 - beta, 0)
 
 
 SCHEDULES = {"cosine": cosine_alpha_bar, "scaled_linear": scaled_linear_alpha_bar}
-SPACINGS, SAMPLERS = ("late", "leading", "trailing"), ("list", "ddim")
+SPACINGS = ("power", "leading", "trailing")
 
 
 def zero_terminal_snr(alpha_bar):
-    """Shift and stretch sqrt(alpha_bar) so that it ends at exactly 0: the last step is pure noise (2305.08891, algorithm 1)."""
+    """Shift and stretch sqrt(alpha_bar) so that it ends at exactly 0: the last step is pure noise
+    (2305.08891, algorithm 1)."""
     root = alpha_bar.sqrt()
     return ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
 
 
 def guide(positive, negative, scale):
-    """Classifier-free guidance (2207.12598) from the negative prompt's prediction to the positive one's, on all channels;
-    scale 1 is the positive prompt alone; scale 1 / (1 - k) is the limit of CPO's rule `constant` (E17)."""
+    """Classifier-free guidance (2207.12598) from the negative prompt's prediction to the positive
+    one's, on all channels. Scale 1 is the positive prompt alone; scale 1 / (1 - k) is the limit
+    of CPO's rule `constant` (E17)."""
     return negative + scale * (positive - negative)
 
 
 class Diffusion:
-    """A schedule and what the model predicts: "eps", or "v" = sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) x0 (2202.00512).
+    """A schedule and what the model predicts: "eps", or "v" = sqrt(alpha_bar) eps -
+    sqrt(1 - alpha_bar) x0 (2202.00512).
 
-    spacing: which timesteps are sampled ("late" is the toy's, the others are Stable Diffusion's). sampler: where a step leads.
-    "list": to the next of them, and from the last to the picture: with eta 0 this is Euler's method on the probability-flow ODE
-    (in x / sqrt(alpha_bar) it is the line x0 + sigma eps), with eta 1 it is DDPM. "ddim": to t - T // count, and from the last to
-    alpha_bar_0, as Stable Diffusion does."""
+    spacing: which timesteps are sampled; "power" is the toy's, "leading" and "trailing" are
+    Stable Diffusion's. fixed_stride: where a step leads. False: to the next of these timesteps,
+    and from the last to the picture, as in DDIM's paper; with eta 0 this is Euler's method on
+    the probability-flow ODE (in x / sqrt(alpha_bar) it is the line x0 + sigma eps), with eta 1
+    it is DDPM. True: to t - T // count, and from the last to alpha_bar_0, as Stable Diffusion's
+    DDIM does."""
 
-    def __init__(self, schedule="cosine", prediction="v", steps=1000, zero_snr=False, spacing="late", sampler="list"):
+    def __init__(self, schedule="cosine", prediction="v", steps=1000, zero_snr=False,
+                 spacing="power", fixed_stride=False):
         if schedule not in SCHEDULES or prediction not in ("eps", "v"):
-            raise ValueError(f"schedule is one of {', '.join(SCHEDULES)} and prediction eps or v, not {schedule}, {prediction}")
-        if spacing not in SPACINGS or sampler not in SAMPLERS:
-            raise ValueError(f"spacing is one of {', '.join(SPACINGS)} and sampler {' or '.join(SAMPLERS)}, not {spacing}, {sampler}")
+            raise ValueError(f"schedule is one of {', '.join(SCHEDULES)} and prediction eps or v, "
+                             f"not {schedule}, {prediction}")
+        if spacing not in SPACINGS:
+            raise ValueError(f"spacing is one of {', '.join(SPACINGS)}, not {spacing}")
         if zero_snr and prediction == "eps":
-            raise ValueError("zero-terminal SNR needs prediction v: pure noise does not tell x0 from eps")
-        self.prediction, self.steps, self.spacing, self.sampler = prediction, steps, spacing, sampler
+            raise ValueError("zero-terminal SNR needs prediction v: pure noise does not tell x0 "
+                             "from eps")
+        self.prediction, self.steps = prediction, steps
+        self.spacing, self.fixed_stride = spacing, fixed_stride
         self.alpha_bar = SCHEDULES[schedule](steps)
         if zero_snr:
             self.alpha_bar = zero_terminal_snr(self.alpha_bar)
 
     def scales(self, t, like):
-        """sqrt(alpha_bar_t) and sqrt(1 - alpha_bar_t) for t (B,), shaped (B, 1, 1, 1) and in the dtype of `like`."""
-        alpha_bar = self.alpha_bar[t.cpu()].view(-1, *[1] * (like.dim() - 1))       # Apple's GPUs have no float64
+        """sqrt(alpha_bar_t) and sqrt(1 - alpha_bar_t) for t (B,), shaped (B, 1, 1, 1) and in the
+        dtype of `like`."""
+        alpha_bar = self.alpha_bar[t.cpu()]                    # Apple's GPUs have no float64
+        alpha_bar = alpha_bar.view(-1, *[1] * (like.dim() - 1))
         return alpha_bar.sqrt().to(like), (1 - alpha_bar).sqrt().to(like)
 
     def q_sample(self, x0, t, noise):
@@ -76,39 +94,57 @@ class Diffusion:
         return a * xt - s * prediction, s * xt + a * prediction
 
     def timesteps(self, count):
-        """`count` different timesteps, falling. leading: multiples of T // count, plus 1; trailing: even parts from T-1 down.
-        late: the first is pure noise (2305.08891); where few are asked for, the noisy end, where hue and subject are decided,
-        takes the smaller steps (ours: 20 of these do what 60 even ones do, docs/log.md)."""
-        most = self.steps - (self.spacing == "leading")                   # leading adds 1, and T is no timestep
+        """`count` different timesteps, falling. leading: multiples of T // count, plus 1;
+        trailing: even parts from T-1 down. power: 1 - (i / count)^1.5 of T, so the first is pure
+        noise (2305.08891), and where few are asked for the noisy end, where hue and subject are
+        decided, takes the smaller steps (ours: 20 of these do what 60 even ones do,
+        docs/log.md)."""
+        most = self.steps - (self.spacing == "leading")      # leading adds 1, and T is no timestep
         if not 1 <= count <= most:
             raise ValueError(f"sampling steps must be between 1 and {most}, not {count}")
         if self.spacing == "leading":
             return torch.arange(count - 1, -1, -1) * (self.steps // count) + 1
+        i = torch.arange(count, dtype=torch.float64)
         if self.spacing == "trailing":
-            step = (self.steps - self.steps / count) - self.steps         # -T / count, but halves round as numpy.arange's in diffusers
-            return (self.steps + torch.arange(count, dtype=torch.float64) * step).round().long() - 1
-        i = torch.arange(count, dtype=torch.float64)                      # one for each, and the T - count left over go to late steps
-        return ((self.steps - count) * (1 - (i / count) ** 1.5)).round().long() + count - 1 - torch.arange(count)
+            # it is -T / count, but halves are rounded as by numpy.arange in diffusers
+            step = (self.steps - self.steps / count) - self.steps
+            return (self.steps + i * step).round().long() - 1
+        # one for each, and the T - count that are left over go to late steps
+        extra = (self.steps - count) * (1 - (i / count) ** 1.5)
+        return extra.round().long() + count - 1 - torch.arange(count)
+
+    def step(self, prediction, xt, now, a_next, eta=0.0, generator=None, clip=None):
+        """One step of the reverse process: x_t at timestep `now` (an int), and the model's
+        prediction there, -> a sample at the noise level a_next (alpha_bar, a scalar tensor).
+
+        eta 0 is DDIM (2010.02502, equation 12), eta 1 the posterior of DDPM (E6). Noise is added
+        unless the step leads to the picture itself (a_next = 1); it is drawn on the CPU, as the
+        generator's. clip: brings x0 back among the latents of pictures; None: no bounds."""
+        a_now = self.alpha_bar[now]
+        # which picture, and which noise in it, does the prediction imply?
+        x0, eps = self.x0_and_eps(prediction, xt, torch.full((len(xt),), now, device=xt.device))
+        if clip:
+            x0 = clip(x0)
+            eps = (xt - a_now.sqrt().to(xt) * x0) / (1 - a_now).sqrt().to(xt)
+        # the same picture with less noise: a part of the old one, sigma of it new
+        sigma = eta * ((1 - a_next) / (1 - a_now) * (1 - a_now / a_next)).sqrt()
+        old = (1 - a_next - sigma ** 2).clamp(min=0).sqrt()
+        xt = a_next.sqrt().to(xt) * x0 + old.to(xt) * eps
+        if a_next < 1 and eta > 0:
+            noise = torch.randn(xt.shape, generator=generator, dtype=xt.dtype)
+            xt = xt + sigma.to(xt) * noise.to(xt.device)
+        return xt
 
     @torch.no_grad()
     def sample(self, predict, xt, count=12, eta=0.0, generator=None, clip=None):
-        """Run the reverse process from noise xt (B, C, H, W). predict(xt, t) -> eps or v.
-
-        eta 0 is DDIM (2010.02502, equation 12), eta 1 with sampler "list" is DDPM with the posterior variance (E6); noise is added
-        unless a step leads to the picture itself, and drawn on the CPU, as the generator's. clip: a function that brings x0 back
-        among the latents of pictures; None: no bounds."""
-        times = self.timesteps(count)
-        for i, now in enumerate(times):
-            t = torch.full((len(xt),), int(now), device=xt.device)
-            x0, eps = self.x0_and_eps(predict(xt, t), xt, t)
-            a_now, a_next = self.alpha_bar[now], self.alpha_bar[times[i + 1]] if i + 1 < count else torch.tensor(1.0)
-            if self.sampler == "ddim":
-                a_next = self.alpha_bar[max(int(now) - self.steps // count, 0)]
-            if clip:
-                x0 = clip(x0)
-                eps = (xt - a_now.sqrt().to(xt) * x0) / (1 - a_now).sqrt().to(xt)
-            sigma = eta * ((1 - a_next) / (1 - a_now) * (1 - a_now / a_next)).sqrt()
-            xt = a_next.sqrt().to(xt) * x0 + (1 - a_next - sigma ** 2).clamp(min=0).sqrt().to(xt) * eps
-            if a_next < 1 and eta > 0:
-                xt = xt + sigma.to(xt) * torch.randn(xt.shape, generator=generator, dtype=xt.dtype).to(xt.device)
+        """Run the reverse process from noise xt (B, C, H, W) in `count` steps (see `step`).
+        predict(xt, t (B,)) -> eps or v."""
+        times = self.timesteps(count).tolist()
+        for now, following in zip(times, [*times[1:], None]):
+            if self.fixed_stride:
+                a_next = self.alpha_bar[max(now - self.steps // count, 0)]
+            else:
+                a_next = torch.tensor(1.0) if following is None else self.alpha_bar[following]
+            prediction = predict(xt, torch.full((len(xt),), now, device=xt.device))
+            xt = self.step(prediction, xt, now, a_next, eta, generator, clip)
         return xt

@@ -1,8 +1,6 @@
-"""One model: latents, prompt encoder, UNet and diffusion together, and its file. Base, auxiliary and target are all this class."""
+"""One model: latents, prompt encoder, UNet and diffusion together. Base, auxiliary and target are
+all of this class."""
 import copy
-import hashlib
-import os
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
@@ -12,21 +10,24 @@ from torch import nn
 
 from .criteria import Criteria
 from .diffusion import Diffusion, guide
-from .text import TextEncoder
 from .unet import UNet, UNetConfig
+from .utils.checkpoint import fingerprint, load_checkpoint
 
 
 class SpaceToDepth:
-    """The toy's latents: opponent colours, and blocks of pixels as channels. The two methods are those of a VAE (ours).
+    """The toy's latents: opponent colours, and blocks of pixels as channels (ours). The methods
+    are those of a VAE.
 
-    Of the three opponent channels the two that carry hue vary about a third as much as lightness. Scaled up somewhat they are not the
-    last thing to emerge from the noise (trained on RGB, the model mixes hues up); scaled to the same spread they crowd out the subject."""
-    OPPONENT = torch.tensor([[1, 1, 1], [1, 0, -1], [-1, 2, -1]]) / torch.tensor([3, 2, 6]).sqrt()[:, None]      # orthonormal
-    SCALE, MEAN = torch.tensor([1.5, 2.4, 2.4]), -0.4                     # of the painter's pictures, rounded
+    Of the three opponent channels the two that carry hue vary about a third as much as lightness.
+    Scaled up somewhat they are not the last thing to emerge from the noise (trained on RGB, the
+    model mixes hues up); scaled to the same spread they crowd out the subject."""
+    OPPONENT = torch.tensor([[1, 1, 1], [1, 0, -1], [-1, 2, -1]])
+    OPPONENT = OPPONENT / torch.tensor([3, 2, 6]).sqrt()[:, None]         # orthonormal
+    SCALE, MEAN = torch.tensor([1.5, 2.4, 2.4]), -0.4    # of the painter's pictures, rounded
 
     def __init__(self, block):
         self.block = block
-        self.mix = self.SCALE[:, None] * self.OPPONENT                    # (3, 3): colours in, channels out
+        self.mix = self.SCALE[:, None] * self.OPPONENT   # (3, 3): colours in, channels out
 
     def encode(self, images):
         """(B, 3, H, W) in [-1, 1] -> (B, 3 * block^2, H / block, W / block)."""
@@ -36,31 +37,81 @@ class SpaceToDepth:
     def decode(self, latents):
         """The inverse of encode."""
         colours = rearrange(latents, "b (c p q) h w -> b c (h p) (w q)", p=self.block, q=self.block)
-        return torch.einsum("cd,bdhw->bchw", torch.linalg.inv(self.mix).to(latents), colours) + self.MEAN
+        unmix = torch.linalg.inv(self.mix).to(latents)
+        return torch.einsum("cd,bdhw->bchw", unmix, colours) + self.MEAN
 
     def clip(self, latents):
         """The nearest latents of a picture whose values lie in [-1, 1]."""
         return self.encode(self.decode(latents).clamp(-1, 1))
 
 
+class PromptEncoder(nn.Module):
+    """The toy's prompt encoder: a token for the caption and one for every leaf of the tree (ours).
+
+    A leaf's token is the sum of the embeddings of all nodes on its path, each in the leaf's state
+    (not mentioned, positive, negative), so "positive" is partly learned once for a whole branch.
+    Every prompt has the same number of tokens: nothing is padded or masked. The empty caption ""
+    is always known: it is the unconditional prompt."""
+
+    def __init__(self, criteria, captions, dim):
+        super().__init__()
+        self.captions = {caption: i for i, caption in enumerate(dict.fromkeys(["", *captions]))}
+        self.criteria = criteria
+        nodes = [node.path for node in criteria.tree.walk() if node.path]
+        on_path = [[leaf.path == path or leaf.path.startswith(path + "/") for path in nodes]
+                   for leaf in criteria.leaves]
+        self.register_buffer("on_path", torch.tensor(on_path, dtype=torch.float32),
+                             persistent=False)                            # (leaves, nodes)
+        self.caption = nn.Embedding(len(self.captions), dim)
+        self.node = nn.Parameter(torch.randn(3, len(nodes), dim) * 0.5)   # (states, nodes, dim)
+        self.norm = nn.LayerNorm(dim)
+
+    def tokens(self, prompts):
+        """list of B Prompts -> int64 (B, 1 + leaves): the caption's number, then each leaf's
+        state 0, 1, 2 (negative). Raises ValueError on a caption, CriteriaError on a phrase, that
+        the model was not built for.
+
+        The way round, from an annotation to phrases (Criteria.prompt) and here back to numbers,
+        is on purpose: a Prompt of words is what every model is asked with, and Stable Diffusion
+        reads nothing else."""
+        rows = []
+        for prompt in prompts:
+            if prompt.caption not in self.captions:
+                raise ValueError(f"unknown caption '{prompt.caption}'; this model knows: "
+                                 + ", ".join(filter(None, self.captions)))
+            states = self.criteria.annotation(prompt.positive, prompt.negative)
+            # a negative state, -1, is row 2 of the embeddings
+            rows.append([self.captions[prompt.caption], *(states % 3).tolist()])
+        return torch.tensor(rows, device=self.on_path.device)
+
+    def forward(self, tokens):
+        """tokens (B, 1 + leaves) -> context (B, 1 + leaves, dim), pooled (B, dim)."""
+        table = torch.einsum("ln,snd->sld", self.on_path, self.node)      # (3, leaves, dim)
+        leaves = table[tokens[:, 1:], torch.arange(len(self.on_path), device=tokens.device)]
+        tokens = torch.cat([self.caption(tokens[:, :1]), leaves], dim=1)  # (B, 1 + leaves, dim)
+        pooled = tokens[:, 0] + leaves.sum(1) / leaves.shape[1] ** 0.5    # caption and tree alike
+        return self.norm(tokens), pooled
+
+
 class Model(nn.Module):
     """Predicts eps or v for noised latents under a prompt: `model(xt, t, prompts)`."""
 
-    def __init__(self, criteria, captions, unet=None, text_dim=64, block=2, size=32, schedule="cosine", prediction="v"):
+    def __init__(self, criteria, captions, unet=None, text_dim=64, block=2, size=32,
+                 schedule="cosine", prediction="v"):
         super().__init__()
         unet = unet or UNetConfig()
         self.criteria, self.captions = criteria, list(dict.fromkeys(captions))
-        self.config = dict(captions=self.captions, unet=asdict(unet), text_dim=text_dim, block=block, size=size,
-                           schedule=schedule, prediction=prediction)
+        self.config = dict(captions=self.captions, unet=asdict(unet), text_dim=text_dim,
+                           block=block, size=size, schedule=schedule, prediction=prediction)
         self.latents, self.diffusion = SpaceToDepth(block), Diffusion(schedule, prediction)
-        self.text, self.unet = TextEncoder(criteria, captions, text_dim), UNet(unet)
+        self.text, self.unet = PromptEncoder(criteria, captions, text_dim), UNet(unet)
 
     @property
     def device(self):
         return self.unet.conv_in.weight.device
 
     def forward(self, xt, t, prompts):
-        """xt (B, C, H, W), t (B,), prompts: B Prompts or their tokens (B, 1 + leaves) -> (B, C, H, W)."""
+        """xt (B, C, H, W), t (B,), prompts: B Prompts or their tokens -> (B, C, H, W)."""
         tokens = prompts if torch.is_tensor(prompts) else self.text.tokens(prompts)
         context, pooled = self.text(tokens)
         return self.unet(xt, t, context, pooled)
@@ -77,17 +128,21 @@ class Model(nn.Module):
 
     def first_noise(self, count, generator):
         """Noise (count, C, h, w) from the CPU, one picture after the other."""
-        return torch.stack([torch.randn(self.latent_shape, generator=generator) for _ in range(count)])
+        return torch.stack([torch.randn(self.latent_shape, generator=generator)
+                            for _ in range(count)])
 
     @torch.no_grad()
     def sample(self, prompts, negative=None, guidance=1.0, steps=12, eta=0.0, seed=0, batch=128):
-        """prompts: N Prompts; negative: N Prompts to guide away from (with guidance != 1) -> images (N, 3, size, size) in [-1, 1].
+        """prompts: N Prompts; negative: N Prompts to guide away from (with guidance != 1) ->
+        images (N, 3, size, size) in [-1, 1].
 
-        The first noise of picture i depends on seed and i only: two models with the same seed start from the same noise."""
+        The first noise of picture i depends on seed and i only: two models with the same seed
+        start from the same noise."""
         was_training, out = self.training, []
         self.eval()
         generator = torch.Generator().manual_seed(seed)
-        noise, away = self.first_noise(len(prompts), generator), negative if guidance != 1 else None
+        noise = self.first_noise(len(prompts), generator)
+        away = negative if guidance != 1 else None
         for start in range(0, len(prompts), batch):
             part = slice(start, start + batch)
             tokens = self.text.tokens([*prompts[part], *away[part]] if away else prompts[part])
@@ -95,67 +150,38 @@ class Model(nn.Module):
             def predict(xt, t):
                 if not away:
                     return self(xt, t, tokens)
-                return guide(*self(torch.cat([xt, xt]), torch.cat([t, t]), tokens).chunk(2), guidance)
+                both = self(torch.cat([xt, xt]), torch.cat([t, t]), tokens)
+                return guide(*both.chunk(2), guidance)
             xt = noise[part].to(self.device)
             latents = self.diffusion.sample(predict, xt, steps, eta, generator, self.latents.clip)
             out.append(self.latents.decode(latents))
         self.train(was_training)
         return torch.cat(out)
 
+    def digest(self):
+        """When it is the same, so is what the model makes."""
+        return fingerprint(self)
 
-@contextmanager
-def whole_file(path):
-    """Gives the name of a temporary file beside `path` to write, and renames it when the block ends well: never half a file."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    yield temporary
-    with open(temporary, "rb+") as file:
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    def content(self):
+        """What of it a checkpoint keeps beside weights, to build it again."""
+        return {"config": self.config, "criteria": self.criteria.to_dict()}
 
 
-def save_atomic(path, content):
-    """torch.save, whole or not at all: a killed run never leaves half a checkpoint."""
-    with whole_file(path) as temporary:
-        torch.save(content, temporary)
-
-
-def fingerprint(*modules):
-    """A digest of all weights and their type: when it is the same, so is what the models make."""
-    digest = hashlib.sha256()
-    for module in modules:
-        for name, p in module.state_dict().items():
-            digest.update(f"{name} {tuple(p.shape)} {p.dtype}".encode())
-            digest.update(p.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()
-
-
-def load_checkpoint(path):
-    """Read a checkpoint's dict to the CPU. Raises ValueError or OSError that names the file and what to do."""
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-        content["config"], content["criteria"], content["ema"]
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"{path}: no such checkpoint; train_cpo.py makes one") from error
-    except OSError:                                                       # not the file's fault
-        raise
-    except Exception as error:
-        raise ValueError(f"{path}: not a checkpoint of nanocpo, or damaged ({type(error).__name__}); "
-                         "delete it and train again") from error
-    return content
-
-
-def load_model(path, device="cpu"):
-    """The model (averaged weights) in a checkpoint file, frozen."""
-    content = load_checkpoint(path)
+def load_model(path, device="cpu", content=None):
+    """The model (averaged weights) in a checkpoint file, frozen. content: what load_checkpoint
+    gave, if the file was read already. Raises ValueError that names the file and what to do."""
+    content = content or load_checkpoint(path)
     config = content["config"]
     if config.get("kind") == "lora":
-        raise ValueError(f"{path}: an adapter of Stable Diffusion that can be trained on, no model of its own. To paint: sample.py --weights "
-                         f"BASE --lora {Path(path).with_suffix('.safetensors')}; to train the toy: another --out")
+        raise ValueError(
+            f"{path}: an adapter of Stable Diffusion that can be trained on, no model of its own. "
+            f"To paint: sample.py --weights BASE --lora {Path(path).with_suffix('.safetensors')}; "
+            "to train the toy: another --out")
     try:
-        model = Model(Criteria(content["criteria"]), **config | {"unet": UNetConfig(**config["unet"])})
+        unet = UNetConfig(**config["unet"])
+        model = Model(Criteria(content["criteria"]), **config | {"unet": unet})
         model.load_state_dict(content["ema"])
     except (TypeError, KeyError, ValueError, RuntimeError) as error:
-        raise ValueError(f"{path}: its parts do not fit together ({error}); it is of another version") from error
+        raise ValueError(f"{path}: its parts do not fit together ({error}); it is of another "
+                         "version") from error
     return model.to(device).frozen_copy()

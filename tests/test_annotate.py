@@ -1,4 +1,5 @@
-"""The annotation page: what goes in comes out, no text can break it, and a real browser can work with it where there is one."""
+"""The annotation page: what goes in comes out, no text can break it, and a real browser can work
+with it where there is one."""
 import html.parser
 import json
 import re
@@ -9,13 +10,17 @@ from urllib.parse import unquote
 import pytest
 from PIL import Image
 
-from nanocpo.annotate import collect, main, page
 from nanocpo.criteria import Criteria
-from nanocpo.data import DataError, from_folder, from_painter
+from nanocpo.folder.annotate import collect, main, page
+from nanocpo.folder.reading import DataError, from_folder
+from nanocpo.toy.export import export
+from nanocpo.toy.paintings import from_painter
 
-TREE = {"name": "T", "children": [{"name": "A", "children": [{"name": "One", "positive": "good one", "negative": "bad one"},
-                                                            {"name": "Two", "positive": "good </script><b>", "negative": "bad & \"two\""}]},
-                                  {"name": "Three", "positive": "good three", "negative": "bad three"}]}
+TREE = {"name": "T", "children": [
+    {"name": "A", "children": [
+        {"name": "One", "positive": "good one", "negative": "bad one"},
+        {"name": "Two", "positive": "good </script><b>", "negative": "bad & \"two\""}]},
+    {"name": "Three", "positive": "good three", "negative": "bad three"}]}
 
 
 @pytest.fixture
@@ -24,13 +29,15 @@ def folder(tmp_path):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         Image.new("RGB", (40, 30), "teal").save(tmp_path / name)
     (tmp_path / "criteria.json").write_text(json.dumps(TREE))
-    (tmp_path / "metadata.jsonl").write_text(json.dumps({"file_name": "b c#1.jpg", "caption": "x </script><script>alert(1)</script> <!-- é",
-                                                         "positive": ["good one"], "negative": ["Two"], "artist": "me"}) + "\n\n")
+    (tmp_path / "metadata.jsonl").write_text(json.dumps({
+        "file_name": "b c#1.jpg", "caption": "x </script><script>alert(1)</script> <!-- é",
+        "positive": ["good one"], "negative": ["Two"], "artist": "me"}) + "\n\n")
     return tmp_path
 
 
 class Scripts(html.parser.HTMLParser):
-    """The contents of the page's scripts as a browser cuts them, and all attributes that would load something."""
+    """The contents of the page's scripts as a browser cuts them, and all attributes that would load
+    something."""
 
     def __init__(self, text):
         super().__init__()
@@ -54,13 +61,15 @@ def test_the_page_holds_the_data_whatever_they_say(folder):
     path = main([str(folder)])
     assert path == folder / "annotate.html"
     parsed = Scripts(path.read_text(encoding="utf-8"))
-    assert len(parsed.scripts) == 2 and parsed.loads == []                # the data, the program; nothing from elsewhere
+    # the data, the program; nothing from elsewhere
+    assert len(parsed.scripts) == 2 and parsed.loads == []
     data = json.loads(parsed.scripts[0])
     assert data["tree"] == TREE
     assert [row["file_name"] for row in data["rows"]] == ["a.png", "b c#1.jpg", "sub/d.PNG"]
     assert data["rows"][1]["src"] == "b%20c%231.jpg"
     assert data["rows"][1]["caption"] == "x </script><script>alert(1)</script> <!-- é"
-    assert data["rows"][1]["states"] == {"One": 1, "Two": -1, "Three": 0} and data["rows"][1]["other"] == {"artist": "me"}
+    assert (data["rows"][1]["states"] == {"One": 1, "Two": -1, "Three": 0}
+            and data["rows"][1]["other"] == {"artist": "me"})
     assert data["rows"][0]["caption"] == "" and set(data["rows"][0]["states"].values()) == {0}
     assert "<" not in parsed.scripts[0]
 
@@ -69,13 +78,17 @@ def test_a_changed_line_is_told_from_an_old_one(folder):
     criteria = Criteria.load(folder / "criteria.json")
     before = [row["was"] for row in collect(folder, criteria)]
     assert [row["was"] for row in collect(folder, criteria)] == before
-    (folder / "metadata.jsonl").write_text(json.dumps({"file_name": "b c#1.jpg", "caption": "other"}))
+    (folder / "metadata.jsonl").write_text(
+        json.dumps({"file_name": "b c#1.jpg", "caption": "other"}))
     after = [row["was"] for row in collect(folder, criteria)]
     assert after[1] != before[1] and after[0] == before[0]
 
 
-@pytest.mark.parametrize("line, words", [("{", "line 2"), ('{"file_name": "a.png", "positive": ["nonsense"]}', "line 2: .*nonsense"),
-                                         ('{"caption": "x"}', "line 2"), ("[]", "line 2"), ('{"file_name": "a.png"}\n{"file_name": "a.png"}', "line 3: a.png has a line already"), ('{"file_name": "gone.png"}', "gone.png is no picture")])
+@pytest.mark.parametrize("line, words", [
+    ("{", "line 2"), ('{"file_name": "a.png", "positive": ["nonsense"]}', "line 2: .*nonsense"),
+    ('{"caption": "x"}', "line 2"), ("[]", "line 2"),
+    ('{"file_name": "a.png"}\n{"file_name": "a.png"}', "line 3: a.png has a line already"),
+    ('{"file_name": "gone.png"}', "gone.png is no picture")])
 def test_lines_that_the_page_would_lose_stop_it(folder, line, words):
     with open(folder / "metadata.jsonl", "w") as file:
         file.write("\n" + line + "\n")
@@ -87,7 +100,8 @@ def test_pictures_that_browsers_do_not_show_are_named(folder, capsys):
     for name in ("scan.TIF", "phone.heic"):
         (folder / name).write_bytes(b"")
     main([str(folder)])
-    assert "left out, since not every browser shows such files: phone.heic, scan.TIF; save them as PNG" in capsys.readouterr().out
+    assert ("left out, since not every browser shows such files: phone.heic, scan.TIF; "
+            "save them as PNG" in capsys.readouterr().out)
 
 
 def test_a_folder_without_pictures_is_an_error(tmp_path):
@@ -97,30 +111,41 @@ def test_a_folder_without_pictures_is_an_error(tmp_path):
 
 def test_the_painters_export_opens(tmp_path):
     data = from_painter(count=3)
-    data.export(tmp_path)
+    export(data, tmp_path)
     rows = collect(tmp_path, data.criteria)
-    assert [list(row["states"].values()) for row in rows] == data.annotations.tolist() and [row["caption"] for row in rows] == data.captions
+    assert ([list(row["states"].values()) for row in rows] == data.annotations.tolist()
+            and [row["caption"] for row in rows] == data.captions)
 
 
-BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
+BROWSER = next(filter(None, map(shutil.which, (
+    "chromium", "chromium-browser", "google-chrome", "chrome"))), None)
 NODE = shutil.which("node")
-# run in the page after it: press keys and click as a person would, then put what would be saved where the test can read it
+# run in the page after it: press keys and click as a person would, then put what would be saved
+# where the test can read it
 PROBE = """
 const press = (key) => document.onkeydown({ key, preventDefault() {} });
-const click = (i, share) => { const box = leaves[i].box; box.onclick({ clientX: box.getBoundingClientRect().left + share * box.offsetWidth }); };
+const click = (i, share) => { const box = leaves[i].box; \
+box.onclick({ clientX: box.getBoundingClientRect().left + share * box.offsetWidth }); };
 const open_at = picture;
-const before = { progress: document.getElementById("count").textContent, metadata: metadata(), shown: document.getElementById("where").textContent };
+const before = { progress: document.getElementById("count").textContent, metadata: metadata(), \
+shown: document.getElementById("where").textContent };
 ACTIONS
 document.body.innerHTML = "<pre id=result></pre>";
-document.getElementById("result").textContent = encodeURIComponent(JSON.stringify({ before, after: metadata(), kept: localStorage.getItem(key), picture, open_at }));
+document.getElementById("result").textContent = encodeURIComponent(JSON.stringify({ before, \
+after: metadata(), kept: localStorage.getItem(key), picture, open_at }));
 """
 # as much of a browser as the page needs, for machines with node only: it draws nothing
 STUB = """
-const fs = require("fs"), made = {}, storage = fs.existsSync(STORAGE) ? JSON.parse(fs.readFileSync(STORAGE)) : {};
-const Element = () => ({ children: [], value: "", textContent: "", append(e) { this.children.push(e); }, blur() {}, focus() {}, offsetWidth: 100,
-  getBoundingClientRect: () => ({ left: 40 }), getAttribute() { return this.src; }, querySelector: () => ({ scrollIntoView() {} }) });
-globalThis.document = { body: {}, createElement: Element, getElementById: (id) => made[id] ??= Element() };
-globalThis.localStorage = { getItem: (key) => storage[key] ?? null, setItem: (key, value) => { storage[key] = value; } };
+const fs = require("fs"), made = {}, \
+storage = fs.existsSync(STORAGE) ? JSON.parse(fs.readFileSync(STORAGE)) : {};
+const Element = () => ({ children: [], value: "", textContent: "", \
+append(e) { this.children.push(e); }, blur() {}, focus() {}, offsetWidth: 100,
+  getBoundingClientRect: () => ({ left: 40 }), getAttribute() { return this.src; }, \
+querySelector: () => ({ scrollIntoView() {} }) });
+globalThis.document = { body: {}, createElement: Element, \
+getElementById: (id) => made[id] ??= Element() };
+globalThis.localStorage = { getItem: (key) => storage[key] ?? null, \
+setItem: (key, value) => { storage[key] = value; } };
 document.getElementById("data").textContent = DATA;
 PAGE
 fs.writeFileSync(STORAGE, JSON.stringify(storage));
@@ -129,12 +154,15 @@ console.log(made.result.textContent);
 
 
 def in_browser(folder, actions, profile):
-    """Open the page in a headless browser, from file:// and without a network, with PROBE at its end."""
+    """Open the page in a headless browser, from file:// and without a network, with PROBE
+    at its end."""
     text = (folder / "annotate.html").read_text(encoding="utf-8")
     probe = f"<script>{PROBE.replace('ACTIONS', actions)}</script></html>"
     (folder / "probe.html").write_text(text.replace("</html>", probe), encoding="utf-8")
-    out = subprocess.run([BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run", "--disable-extensions",
-                          "--disable-background-networking", f"--user-data-dir={profile}", "--dump-dom", (folder / "probe.html").as_uri()],
+    out = subprocess.run([BROWSER, "--headless", "--no-sandbox", "--disable-gpu",
+                          "--disable-dev-shm-usage", "--no-first-run", "--disable-extensions",
+                          "--disable-background-networking", f"--user-data-dir={profile}",
+                          "--dump-dom", (folder / "probe.html").as_uri()],
                          capture_output=True, text=True, timeout=600)
     found = re.search(r'<pre id="result">(.*?)</pre>', out.stdout)
     assert found, out.stdout[-500:] + out.stderr[-500:]
@@ -144,7 +172,8 @@ def in_browser(folder, actions, profile):
 def in_node(folder, actions, profile):
     """The same without a browser: the page's script on STUB."""
     data, script = Scripts((folder / "annotate.html").read_text(encoding="utf-8")).scripts
-    for word, text in (("PAGE", script + PROBE.replace("ACTIONS", actions)), ("DATA", json.dumps(data)), ("STORAGE", json.dumps(f"{profile}/storage"))):
+    for word, text in (("PAGE", script + PROBE.replace("ACTIONS", actions)),
+                       ("DATA", json.dumps(data)), ("STORAGE", json.dumps(f"{profile}/storage"))):
         script = (STUB if word == "PAGE" else script).replace(word, text)
     (profile / "probe.js").write_text(script, encoding="utf-8")
     out = subprocess.run([NODE, profile / "probe.js"], capture_output=True, text=True, timeout=60)
@@ -152,38 +181,58 @@ def in_node(folder, actions, profile):
     return json.loads(unquote(out.stdout))
 
 
-@pytest.mark.parametrize("run", [pytest.param(in_browser, marks=pytest.mark.skipif(BROWSER is None, reason="no Chromium on this machine")),
-                                 pytest.param(in_node, marks=pytest.mark.skipif(NODE is None, reason="no node on this machine"))])
+@pytest.mark.parametrize("run", [
+    pytest.param(in_browser, marks=pytest.mark.skipif(
+        BROWSER is None, reason="no Chromium on this machine")),
+    pytest.param(in_node, marks=pytest.mark.skipif(
+        NODE is None, reason="no node on this machine"))])
 def test_annotating(folder, tmp_path_factory, run):
     main([str(folder)])
     profile = tmp_path_factory.mktemp("profile")
     got = run(folder, """
         press("+"); press("ArrowDown"); press("-"); press("ArrowDown"); press("p"); press("u");
-        document.getElementById("caption").value = "first <\\/script>"; document.getElementById("caption").oninput();
-        press("ArrowRight"); press("0"); press("ArrowRight"); press("n"); press("ArrowUp"); click(2, 0.1); click(1, 0.9); click(1, 0.5);
+        document.getElementById("caption").value = "first <\\/script>"; """
+              """document.getElementById("caption").oninput();
+        press("ArrowRight"); press("0"); press("ArrowRight"); press("n"); press("ArrowUp"); """
+              """click(2, 0.1); click(1, 0.9); click(1, 0.5);
     """, profile)
-    assert got["before"]["progress"] == "1 of 3 done" and got["before"]["shown"].startswith("1 / 3") and got["picture"] == 2
+    assert (got["before"]["progress"] == "1 of 3 done"
+            and got["before"]["shown"].startswith("1 / 3") and got["picture"] == 2)
     original = (folder / "metadata.jsonl").read_text()
-    assert json.loads(got["before"]["metadata"]) == json.loads(original) | {"negative": ["bad & \"two\""]}       # untouched: what was read
+    # untouched: what was read
+    assert (json.loads(got["before"]["metadata"])
+            == json.loads(original) | {"negative": ["bad & \"two\""]})
     lines = [json.loads(line) for line in got["after"].splitlines()]
-    assert lines == [{"file_name": "a.png", "caption": "first </script>", "positive": ["good one"], "negative": ["bad & \"two\""]},
-                     {"file_name": "b c#1.jpg", "caption": "x </script><script>alert(1)</script> <!-- é", "positive": [],
-                      "negative": ["bad & \"two\""], "artist": "me"}]          # the third has no caption yet
-    again = run(folder, "", profile)                                  # reopening continues, the third picture's judgement too
-    assert again["before"]["metadata"] == got["after"] and json.loads(again["kept"])["sub/d.PNG"]["states"] == {"One": -1, "Two": 0, "Three": 1}
-    assert (got["open_at"], again["open_at"]) == (0, 2)                      # the third picture has no caption yet: there it goes on
+    # the third has no caption yet
+    assert lines == [{"file_name": "a.png", "caption": "first </script>", "positive": ["good one"],
+                      "negative": ["bad & \"two\""]},
+                     {"file_name": "b c#1.jpg",
+                      "caption": "x </script><script>alert(1)</script> <!-- é", "positive": [],
+                      "negative": ["bad & \"two\""], "artist": "me"}]
+    again = run(folder, "", profile)  # reopening continues, the third picture's judgement too
+    assert (again["before"]["metadata"] == got["after"]
+            and json.loads(again["kept"])["sub/d.PNG"]["states"]
+            == {"One": -1, "Two": 0, "Three": 1})
+    # the third picture has no caption yet: there it goes on
+    assert (got["open_at"], again["open_at"]) == (0, 2)
     (folder / "metadata.jsonl").write_text(got["after"], encoding="utf-8")
-    data = from_folder(folder, size=8)                                       # what it saves, the training scripts read
-    assert data.captions == ["first </script>", lines[1]["caption"]] and data.annotations.tolist() == [[1, -1, 0], [0, -1, 0]]
-    tree = TREE | {"children": TREE["children"] + [{"name": "Four", "positive": "good four", "negative": "bad four"}]}
-    (folder / "criteria.json").write_text(json.dumps(tree))                  # a new leaf: what the browser kept is still there
+    data = from_folder(folder, size=8)  # what it saves, the training scripts read
+    assert (data.captions == ["first </script>", lines[1]["caption"]]
+            and data.annotations.tolist() == [[1, -1, 0], [0, -1, 0]])
+    tree = TREE | {"children": TREE["children"] + [
+        {"name": "Four", "positive": "good four", "negative": "bad four"}]}
+    # a new leaf: what the browser kept is still there
+    (folder / "criteria.json").write_text(json.dumps(tree))
     (folder / "metadata.jsonl").write_text(original, encoding="utf-8")
     main([str(folder)])
     assert run(folder, "", profile)["before"]["metadata"] == got["after"]
-    (folder / "metadata.jsonl").write_text(json.dumps({"file_name": "b c#1.jpg", "caption": "changed since"}), encoding="utf-8")
-    main([str(folder)])                                                      # a line that was changed elsewhere wins
-    assert [json.loads(line)["caption"] for line in run(folder, "", profile)["before"]["metadata"].splitlines()] == ["first </script>", "changed since"]
+    (folder / "metadata.jsonl").write_text(
+        json.dumps({"file_name": "b c#1.jpg", "caption": "changed since"}), encoding="utf-8")
+    main([str(folder)])  # a line that was changed elsewhere wins
+    assert ([json.loads(line)["caption"]
+             for line in run(folder, "", profile)["before"]["metadata"].splitlines()]
+            == ["first </script>", "changed since"])
     (folder / "criteria.json").write_text(json.dumps(TREE))
     (folder / "metadata.jsonl").write_text(got["after"], encoding="utf-8")
-    main([str(folder)])                                                      # and a page made from it says the same, in a fresh browser
+    main([str(folder)])  # and a page made from it says the same, in a fresh browser
     assert run(folder, "", tmp_path_factory.mktemp("fresh"))["before"]["metadata"] == got["after"]

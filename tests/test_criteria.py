@@ -1,4 +1,5 @@
-"""The tree of criteria: what the embedded one holds, how a branch is chosen, what a broken one is told."""
+"""The tree of criteria: what the embedded one holds, how a branch is chosen, what a broken one is
+told."""
 import copy
 import json
 
@@ -8,8 +9,8 @@ import pytest
 from nanocpo.criteria import Criteria, CriteriaError, Prompt
 
 CRITERIA = Criteria.load()
-LEAVES = ["Placement", "Level", "Height", "Harmony", "Purity", "Contrast", "Exposure", "Strokes", "Edges", "Gradation",
-          "Spatter", "Corners"]
+LEAVES = ["Placement", "Level", "Height", "Harmony", "Purity", "Contrast", "Exposure", "Strokes",
+          "Edges", "Gradation", "Spatter", "Corners"]
 
 
 def leaf(name, **changes):
@@ -24,20 +25,24 @@ def branch(name, *children):
 
 def test_embedded_tree_is_large_and_deep_enough():
     assert len(CRITERIA) == len(CRITERIA.leaves) >= 12 and len(CRITERIA.roots) >= 5
-    assert {"Composition", "Color Relations", "Brushstroke and Texture"} <= {root.name for root in CRITERIA.roots}
-    assert all(len(node.path.split("/")) >= 3 for node in CRITERIA.leaves)              # levels below the tree's own name
+    assert ({"Composition", "Color Relations", "Brushstroke and Texture"}
+            <= {root.name for root in CRITERIA.roots})
+    # levels below the tree's own name
+    assert all(len(node.path.split("/")) >= 3 for node in CRITERIA.leaves)
     assert all(node.positive and node.negative and not node.children for node in CRITERIA.leaves)
 
 
 def test_leaf_order_is_the_order_of_the_file():
-    assert [node.name for node in CRITERIA.leaves] == LEAVES          # annotations on disk and checkpoints depend on it
+    # annotations on disk and checkpoints depend on it
+    assert [node.name for node in CRITERIA.leaves] == LEAVES
     again = Criteria(json.loads(json.dumps(CRITERIA.to_dict())))
     assert again.leaves == CRITERIA.leaves and again.to_dict() == CRITERIA.to_dict()
 
 
-@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])          # some editors put a mark at the start
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])  # some editors put a mark at the start
 def test_load_of_another_file(tmp_path, encoding):
-    (tmp_path / "own.json").write_text(json.dumps(branch("T", leaf("Né")), ensure_ascii=False), encoding=encoding)
+    (tmp_path / "own.json").write_text(json.dumps(branch("T", leaf("Né")), ensure_ascii=False),
+                                       encoding=encoding)
     assert [node.name for node in Criteria.load(tmp_path / "own.json").leaves] == ["Né"]
 
 
@@ -47,7 +52,8 @@ def test_load_of_another_file(tmp_path, encoding):
 def test_find_by_name_and_path(name):
     node = CRITERIA.find(name)
     assert (node.name, node.path) == ("Horizon", "Composition/Horizon")
-    assert [n.name for n in node.leaves()] == ["Level", "Height"] and [n.name for n in node.walk()][0] == "Horizon"
+    assert ([n.name for n in node.leaves()] == ["Level", "Height"]
+            and [n.name for n in node.walk()][0] == "Horizon")
 
 
 def test_find_of_an_unknown_name_lists_what_there_is():
@@ -56,8 +62,9 @@ def test_find_of_an_unknown_name_lists_what_there_is():
 
 
 @pytest.mark.parametrize("names, columns", [
-    ("Composition", [0, 1, 2]), ("Level", [1]), ("Finish/Surface", [10, 11]), ("Painting", list(range(12))), (None, list(range(12))),
-    ([], []), (["Finish", "Composition/Horizon"], [1, 2, 10, 11]), (["Horizon", "Level", "Horizon"], [1, 2])])
+    ("Composition", [0, 1, 2]), ("Level", [1]), ("Finish/Surface", [10, 11]),
+    ("Painting", list(range(len(CRITERIA)))), (None, list(range(len(CRITERIA)))), ([], []),
+    (["Finish", "Composition/Horizon"], [1, 2, 10, 11]), (["Horizon", "Level", "Horizon"], [1, 2])])
 def test_columns_are_in_the_order_of_the_leaves_and_occur_once(names, columns):
     assert CRITERIA.columns(names) == columns
     assert CRITERIA.columns(None) == list(range(len(CRITERIA)))
@@ -70,7 +77,7 @@ def test_select_keeps_the_branches_and_what_is_above_them():
     assert [root.name for root in part.roots] == ["Composition", "Finish"]
     assert part.leaves == tuple(CRITERIA.leaves[i] for i in CRITERIA.columns(["Finish", "Level"]))
     assert CRITERIA.select("Painting").to_dict() == CRITERIA.to_dict()
-    assert len(CRITERIA) == 12                                        # the large tree is left as it was
+    assert [node.name for node in CRITERIA.leaves] == LEAVES      # the large tree is left as it was
 
 
 def test_select_of_nothing_is_an_error():
@@ -88,22 +95,28 @@ def test_prints_as_an_indented_tree():
 # ---------------------------------------------------------------- annotations and prompts
 
 def test_annotation_takes_phrases_names_and_paths():
-    states = CRITERIA.annotation(["level horizon", "Harmony"], ["too dark", "Finish/Surface/Corners"])
-    assert states.dtype == np.int8 and states.tolist() == [0, 1, 0, 1, 0, 0, -1, 0, 0, 0, 0, -1]
-    assert not CRITERIA.annotation().any() and len(CRITERIA.annotation()) == 12
-    assert CRITERIA.annotation(["Level", "level horizon"]).tolist()[1] == 1         # twice the same is no contradiction
+    states = CRITERIA.annotation(["level horizon", "Harmony"],
+                                 ["too dark", "Finish/Surface/Corners"])
+    expected = {"Level": 1, "Harmony": 1, "Exposure": -1, "Corners": -1}
+    assert states.dtype == np.int8 and states.tolist() == [expected.get(x, 0) for x in LEAVES]
+    assert not CRITERIA.annotation().any() and len(CRITERIA.annotation()) == len(LEAVES)
+    # twice the same is no contradiction
+    assert CRITERIA.annotation(["Level", "level horizon"]).tolist()[1] == 1
 
 
 @pytest.mark.parametrize("positive, negative, message", [
     (["nice"], [], "unknown attribute 'nice'"),
-    ([], ["Composition"], "unknown attribute 'Composition'"),             # a dimension is no attribute
+    ([], ["Composition"], "unknown attribute 'Composition'"),          # a dimension is no attribute
     (["too dark"], [], "Light and Value/Tone/Exposure: 'too dark' is the other side's phrase"),
-    ([], ["balanced light"], "Light and Value/Tone/Exposure: 'balanced light' is the other side's phrase"),
-    (["level horizon"], ["tilted horizon"], "Horizon/Level: 'tilted horizon' is listed as positive and as negative"),
-    (["Level"], ["Level"], "Composition/Horizon/Level: 'Level' is listed as positive and as negative"),
-    ("too dark", [], "a list of strings, not 'too dark'"), ([], [3], r"a list of strings, not \[3\]"),
-    (None, [], "a list of strings, not None"), ([], 3, "a list of strings, not 3"),
-    ({"Level": 1}, [], "a list of strings, not {")])
+    ([], ["balanced light"],
+     "Light and Value/Tone/Exposure: 'balanced light' is the other side's phrase"),
+    (["level horizon"], ["tilted horizon"],
+     "Horizon/Level: 'tilted horizon' is listed as positive and as negative"),
+    (["Level"], ["Level"],
+     "Composition/Horizon/Level: 'Level' is listed as positive and as negative"),
+    ("too dark", [], "a list of strings, not 'too dark'"),
+    ([], [3], r"a list of strings, not \[3\]"), (None, [], "a list of strings, not None"),
+    ([], 3, "a list of strings, not 3"), ({"Level": 1}, [], "a list of strings, not {")])
 def test_annotation_refuses(positive, negative, message):
     with pytest.raises(CriteriaError, match=message):
         CRITERIA.annotation(positive, negative)
@@ -112,22 +125,28 @@ def test_annotation_refuses(positive, negative, message):
 def test_prompt_carries_the_phrases_of_both_sides():
     states = CRITERIA.annotation(["Level", "Spatter"], ["Edges", "Placement"])
     prompt = CRITERIA.prompt("a boat", states)
-    assert prompt == Prompt("a boat", ("level horizon", "clean surface"), ("subject dead centre", "blurred edges"))
+    assert prompt == Prompt("a boat", ("level horizon", "clean surface"),
+                            ("subject dead centre", "blurred edges"))
     assert CRITERIA.annotation(prompt.positive, prompt.negative).tolist() == states.tolist()
-    assert str(prompt) == "a boat; good: level horizon, clean surface; bad: subject dead centre, blurred edges"
+    assert str(prompt) == ("a boat; good: level horizon, clean surface; "
+                           "bad: subject dead centre, blurred edges")
     assert CRITERIA.prompt("a boat") == Prompt("a boat") and str(Prompt("a boat")) == "a boat"
 
 
-@pytest.mark.parametrize("states", [[1, -1], [2] + [0] * 11, [0.5] * 12, [float("nan")] * 12, [[0] * 12], ["Level"] * 12])
+@pytest.mark.parametrize("states", [
+    [1, -1], [2] + [0] * (len(CRITERIA) - 1), [0.5] * len(CRITERIA),
+    [float("nan")] * len(CRITERIA), [[0] * len(CRITERIA)], ["Level"] * len(CRITERIA)])
 def test_prompt_refuses_what_is_no_annotation(states):
-    with pytest.raises(CriteriaError, match="an annotation is 12 numbers of -1, 0, .1"):
+    with pytest.raises(CriteriaError, match=f"an annotation is {len(CRITERIA)} numbers of -1, "
+                                            "0, .1"):
         CRITERIA.prompt("a boat", states)
 
 
 # ---------------------------------------------------------------- broken trees
 
 def in_tree(node):
-    """A tree with one good leaf and `node` below A/B, so that the path in the message can be told from the name."""
+    """A tree with one good leaf and `node` below A/B, so that the path in the message can be told
+    from the name."""
     return branch("T", branch("A", leaf("Good"), branch("B", node)))
 
 
@@ -136,7 +155,8 @@ def test_in_tree_is_sound():
 
 
 @pytest.mark.parametrize("tree, message", [
-    (in_tree(leaf("Good", positive="x", negative="y")), r"A/(Good|B/Good): the name 'Good' occurs twice"),
+    (in_tree(leaf("Good", positive="x", negative="y")),
+     r"A/(Good|B/Good): the name 'Good' occurs twice"),
     (in_tree(leaf("A")), "A(/B/A)?: the name 'A' occurs twice"),
     (in_tree(leaf("T")), "T: the name 'T' occurs twice"),
     (in_tree(leaf("")), "below A/B: the name '' is empty"),
@@ -149,7 +169,8 @@ def test_in_tree_is_sound():
     (in_tree({"name": "L"}), "A/B/L: the pair has no 'positive' phrase"),
     (in_tree(leaf("L", positive=" ")), "A/B/L: the pair has no 'positive' phrase"),
     (in_tree(leaf("L", negative=["x"])), "A/B/L: the pair has no 'negative' phrase"),
-    (in_tree(leaf("L", children=[leaf("M")])), r"A/B/L: a node has a name, and .*; remove \['negative', 'positive'\]"),
+    (in_tree(leaf("L", children=[leaf("M")])),
+     r"A/B/L: a node has a name, and .*; remove \['negative', 'positive'\]"),
     (in_tree(branch("L")), "A/B/L: 'children' must be a list that is not empty"),
     (in_tree({"name": "L", "children": None}), "A/B/L: 'children' must be a list"),
     (in_tree({"name": "L", "children": {"M": 1}}), "A/B/L: 'children' must be a list"),
@@ -158,8 +179,10 @@ def test_in_tree_is_sound():
     (in_tree(leaf("L", **{"weight": 2}) | {3: 4}), r"A/B/L: a node has .*; remove \[3, 'weight'\]"),
     (in_tree(leaf("L", positive="good Good")), "A/B/L: 'good Good' already stands for A/Good"),
     (in_tree(leaf("L", negative="good L")), "A/B/L: 'good L' already stands for A/B/L"),
-    (in_tree(leaf("L", positive="Good")), "A/B/L: 'Good' already stands for A/Good"),       # a phrase that is a leaf's name
-    ([leaf("L")], "below the top: a node is an object"), (None, "below the top: a node is an object"),
+    # a phrase that is a leaf's name
+    (in_tree(leaf("L", positive="Good")), "A/B/L: 'Good' already stands for A/Good"),
+    ([leaf("L")], "below the top: a node is an object"),
+    (None, "below the top: a node is an object"),
     (branch("", leaf("L")), "below the top: the name '' is empty"),
     ({**in_tree(leaf("L")), "x": 1}, r"^T: a node has .*; remove \['x'\]"),
     (leaf("L"), "'L' has no children: a tree needs at least one leaf")])
@@ -168,19 +191,22 @@ def test_bad_tree_names_the_path(tree, message):
         Criteria(copy.deepcopy(tree))
 
 
-@pytest.mark.parametrize("depth, message", [(0, "below A/B: 'T' contains itself"), (1, "below A/B: 'A' contains itself"),
+@pytest.mark.parametrize("depth, message", [(0, "below A/B: 'T' contains itself"),
+                                            (1, "below A/B: 'A' contains itself"),
                                             (2, "below A/B: 'B' contains itself")])
 def test_tree_that_contains_itself(depth, message):
     tree = in_tree(leaf("L"))
     chain = [tree, tree["children"][0], tree["children"][0]["children"][1]]
-    chain[2]["children"].append(chain[depth])                             # JSON cannot do this; a dict made by a program can
+    chain[2]["children"].append(chain[depth])    # JSON cannot do this; a dict made by a program can
     with pytest.raises(CriteriaError, match=message):
         Criteria(tree)
 
 
 @pytest.mark.parametrize("content, message", [
-    (None, "cannot read"), (b"", "cannot read"), (b"{'name': 'T'}", "cannot read"), (b'{"name": "\xff"}', "cannot read"),
-    (b"[" * 100_000, "cannot read"), (b"1" * 5000, "cannot read"),        # RecursionError; more digits than int() takes
+    (None, "cannot read"), (b"", "cannot read"), (b"{'name': 'T'}", "cannot read"),
+    (b'{"name": "\xff"}', "cannot read"),
+    # RecursionError; more digits than int() takes
+    (b"[" * 100_000, "cannot read"), (b"1" * 5000, "cannot read"),
     (b"[]", "below the top"), (json.dumps(in_tree(branch("L"))).encode(), "A/B/L: 'children'")])
 def test_unreadable_tree_names_the_file(tmp_path, content, message):
     path = tmp_path / "own.json"

@@ -1,61 +1,49 @@
-"""The data: what the painter's regimes hold, that a folder gives back what was written, and what a broken folder is told."""
-import json
-import re
-import subprocess
-import sys
+"""The data: what the painter's regimes hold, splits, batches, tensors, digests."""
+import math
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageCms, ImageOps
 
-from nanocpo.criteria import Criteria, CriteriaError
-from nanocpo.data import DataError, Paintings, from_folder, from_painter, main, to_images, to_tensor
-from nanocpo.painter import CAPTIONS, LEAVES, paint
+from toy_tiny import CRITERIA, same_data
 
-CRITERIA = Criteria.load()
-GOOD = {"file_name": "good.png", "caption": "a boat", "positive": ["level horizon"], "negative": ["too dark"]}
+from nanocpo.criteria import Criteria
+from nanocpo.data import Paintings, to_images, to_tensor
+from nanocpo.toy.painter import CAPTIONS, LEAVES, paint
+from nanocpo.toy.paintings import from_painter
 
-
-def same(a, b):
-    """Two Paintings or Batches hold the same pictures, captions and annotations."""
-    return (np.array_equal(a.images, b.images) and a.images.dtype == b.images.dtype and list(a.captions) == list(b.captions)
-            and np.array_equal(a.annotations, b.annotations) and a.annotations.dtype == b.annotations.dtype)
-
-
-def write(folder, *rows):
-    """metadata.jsonl with these rows (dicts, or bytes as they are) beside a good picture of one colour."""
-    folder.mkdir(exist_ok=True)
-    Image.new("RGB", (40, 32), (10, 20, 30)).save(folder / "good.png")
-    lines = [row if isinstance(row, bytes) else json.dumps(row).encode() for row in rows]
-    (folder / "metadata.jsonl").write_bytes(b"\n".join(lines) + b"\n")
-    return folder
+COUNT = len(CRITERIA)
 
 
 # ---------------------------------------------------------------- the painter's regimes
 
 def test_flawed_regime_has_no_masterpiece_and_leaves_some_unjudged():
     data = from_painter(CRITERIA, 300, "flawed", seed=2)
-    assert data.images.shape == (300, 32, 32, 3) and data.images.dtype == np.uint8 and len(data) == 300
-    assert data.annotations.shape == (300, 12) and data.annotations.dtype == np.int8
-    assert ((data.annotations < 0).sum(1) >= 4).all()             # a third of twelve
-    assert 0.06 < (data.annotations == 0).mean() < 0.14 and set(np.unique(data.annotations)) == {-1, 0, 1}
+    assert (data.images.shape == (300, 32, 32, 3) and data.images.dtype == np.uint8
+            and len(data) == 300)
+    assert data.annotations.shape == (300, COUNT) and data.annotations.dtype == np.int8
+    assert ((data.annotations < 0).sum(1) >= math.ceil(COUNT / 3)).all()
+    assert (0.06 < (data.annotations == 0).mean() < 0.14
+            and set(np.unique(data.annotations)) == {-1, 0, 1})
     assert (data.annotations < 0).any(0).all() and (data.annotations > 0).any(0).all()
     assert set(data.captions) == set(CAPTIONS) and data.skipped == 0
 
 
 def test_a_third_is_rounded_up_on_a_small_tree():
-    part = CRITERIA.select(["Composition", "Tone"])               # five leaves: two of them
+    part = CRITERIA.select(["Composition", "Tone"])
+    assert len(part) % 3 > 0                                      # five leaves: two of them
     data = from_painter(part, 100, "flawed")
-    assert (data.annotations < 0).sum(1).min() == 2 and data.annotations.shape == (100, 5)
+    assert ((data.annotations < 0).sum(1).min() == len(part) // 3 + 1
+            and data.annotations.shape == (100, len(part)))
 
 
 def test_mixed_regime_has_pictures_with_few_flaws():
     data = from_painter(CRITERIA, 300, "mixed", judged=1.0, seed=2)
     negative = (data.annotations < 0).sum(1)
-    assert negative.min() < 4 and negative.max() > 8 and abs(negative.mean() - 6) < 0.4
-    assert (data.annotations != 0).all()                          # judged = 1: the expert leaves nothing out
+    assert (negative.min() < COUNT / 3 and negative.max() > COUNT * 2 / 3
+            and abs(negative.mean() - COUNT / 2) < 0.4)
+    assert (data.annotations != 0).all()  # judged = 1: the expert leaves nothing out
 
 
 def test_positive_regime_is_all_positive():
@@ -73,9 +61,11 @@ def test_pictures_show_what_the_annotation_says():
 
 
 def test_same_seed_same_data_and_more_pictures_do_not_move_the_first_ones():
-    a, b, c = from_painter(count=20, seed=1), from_painter(count=30, seed=1), from_painter(count=20, seed=2)
-    assert same(a, b.take(range(20)))
-    assert (a.images != c.images).any() and (a.annotations != c.annotations).any() and a.captions != c.captions
+    a, b, c = (from_painter(count=20, seed=1), from_painter(count=30, seed=1),
+               from_painter(count=20, seed=2))
+    assert same_data(a, b.take(range(20)))
+    assert ((a.images != c.images).any() and (a.annotations != c.annotations).any()
+            and a.captions != c.captions)
 
 
 def test_unknown_regime_and_tree_that_cannot_be_painted():
@@ -90,29 +80,38 @@ def test_unknown_regime_and_tree_that_cannot_be_painted():
 
 def test_split_is_80_10_10_and_disjoint():
     images = np.zeros((200, 1, 1, 3), np.uint8)
-    data = Paintings(CRITERIA, images, [str(i) for i in range(200)], np.arange(200)[:, None] * np.ones((1, 12), int))
+    data = Paintings(CRITERIA, images, [str(i) for i in range(200)],
+                     np.arange(200)[:, None] * np.ones((1, COUNT), int))
     parts = {name: data.split(name) for name in ("train", "validation", "test")}
     assert [len(part) for part in parts.values()] == [160, 20, 20]
-    assert sorted(int(c) for part in parts.values() for c in part.captions) == list(range(200))       # disjoint and whole
-    for part in parts.values():                                   # captions, pictures and annotations move together
-        assert part.annotations[:, 0].tolist() == [int(c) for c in part.captions] and len(part.images) == len(part.captions)
-    assert data.take(range(100)).split("test").captions == parts["test"].captions[:10]      # does not move as data grows
+    # disjoint and whole
+    assert sorted(int(c) for part in parts.values() for c in part.captions) == list(range(200))
+    for part in parts.values():  # captions, pictures and annotations move together
+        assert (part.annotations[:, 0].tolist() == [int(c) for c in part.captions]
+                and len(part.images) == len(part.captions))
+    # does not move as data grows
+    assert data.take(range(100)).split("test").captions == parts["test"].captions[:10]
 
 
 def test_tensor_round_trip_is_exact():
-    images = np.arange(256 * 3, dtype=np.uint32).reshape(1, 16, 16, 3).astype(np.uint8)     # every value there is
+    # every value there is
+    images = np.arange(256 * 3, dtype=np.uint32).reshape(1, 16, 16, 3).astype(np.uint8)
     tensor = to_tensor(images)
     assert tensor.shape == (1, 3, 16, 16) and tensor.dtype == torch.float32
     assert (tensor.min().item(), tensor.max().item()) == (-1, 1)
-    assert tensor[0, 2, 1, 0].item() == pytest.approx(images[0, 1, 0, 2] / 127.5 - 1)       # channels first, rows stay rows
+    # channels first, rows stay rows
+    assert tensor[0, 2, 1, 0].item() == pytest.approx(images[0, 1, 0, 2] / 127.5 - 1)
     assert (to_images(tensor) == images).all() and to_images(tensor).dtype == np.uint8
-    assert to_images(torch.tensor([-3.0, 3.0]).reshape(2, 1, 1, 1)).ravel().tolist() == [0, 255]    # clipped, not wrapped
+    # clipped, not wrapped
+    assert to_images(torch.tensor([-3.0, 3.0]).reshape(2, 1, 1, 1)).ravel().tolist() == [0, 255]
 
 
 def test_a_digest_tells_pictures_verdicts_and_captions_apart():
     data = from_painter(count=4)
-    others = [replace(data, annotations=-data.annotations), replace(data, images=255 - data.images), replace(data, captions=["x"] * 4)]
-    assert len({d.digest() for d in (data, *others)}) == 4 and from_painter(count=4).digest() == data.digest()
+    others = [replace(data, annotations=-data.annotations), replace(data, images=255 - data.images),
+              replace(data, captions=["x"] * 4)]
+    assert (len({d.digest() for d in (data, *others)}) == 4
+            and from_painter(count=4).digest() == data.digest())
 
 
 def test_batch_holds_the_pictures_that_were_asked_for():
@@ -121,238 +120,3 @@ def test_batch_holds_the_pictures_that_were_asked_for():
     assert torch.equal(batch.images, to_tensor(data.images[[7, 2]]))
     assert batch.captions == [data.captions[7], data.captions[2]]
     assert (batch.annotations == data.annotations[[7, 2]]).all()
-
-
-# ---------------------------------------------------------------- folders that are sound
-
-def test_export_and_read_give_the_same_data(tmp_path):
-    data = from_painter(CRITERIA.select(["Composition", "Finish"]), 30, seed=4)
-    data.export(tmp_path / "new" / "folder")                      # the folders above it are made too
-    back = from_folder(tmp_path / "new" / "folder")
-    assert same(data, back) and same(data.batch([3, 1, 4]), back.batch([3, 1, 4]))
-    assert back.criteria.to_dict() == data.criteria.to_dict() and back.skipped == 0 and len(back) == 30
-
-
-def test_own_criteria_in_the_folder_are_used(tmp_path):
-    tree = {"name": "T", "children": [{"name": "Mood", "positive": "calm", "negative": "restless"}]}
-    row = {"file_name": "good.png", "caption": "a boat", "negative": ["restless"]}
-    write(tmp_path, row)
-    with pytest.raises(DataError, match="unknown attribute 'restless'"):              # the embedded tree does not know it
-        from_folder(tmp_path)
-    (tmp_path / "criteria.json").write_text(json.dumps(tree))
-    data = from_folder(tmp_path)
-    assert data.annotations.tolist() == [[-1]] and data.criteria.to_dict() == tree
-    with pytest.raises(DataError, match="unknown attribute 'restless'"):              # a tree that is given comes first
-        from_folder(tmp_path, CRITERIA)
-    (tmp_path / "criteria.json").write_text("{")
-    with pytest.raises(CriteriaError, match="criteria.json: cannot read"):
-        from_folder(tmp_path)
-
-
-def test_lines_may_leave_out_annotations_and_hold_other_keys(tmp_path):
-    bare = {"file_name": "good.png", "caption": "  ein Boot, ü \n"}
-    data = from_folder(write(tmp_path, bare, b"", json.dumps(GOOD | {"x": 1}).encode() + b"\r", b"   "))
-    assert data.captions == ["ein Boot, ü", "a boat"] and not data.annotations[0].any()
-    assert np.flatnonzero(data.annotations[1]).tolist() == [1, 6] and data.annotations[1, [1, 6]].tolist() == [1, -1]
-
-
-def test_size_is_the_size_asked_for(tmp_path):
-    assert from_folder(write(tmp_path, GOOD), size=16).images.shape == (1, 16, 16, 3)
-    assert (from_folder(tmp_path, size=16).images == [10, 20, 30]).all()
-
-
-def quarters(size):
-    """Red at the top left, green top right, blue bottom left, white bottom right: (size, size, 3)."""
-    four = np.array([[[255, 0, 0], [0, 255, 0]], [[0, 0, 255], [255, 255, 255]]], np.uint8)
-    return four.repeat(size // 2, 0).repeat(size // 2, 1)
-
-
-def corners(image):
-    """The four corners of a picture in reading order, each channel 0 or 1: rgb values as a string."""
-    return ["".join(str(int(c > 127)) for c in image[y, x]) for y, x in ((2, 2), (2, -3), (-3, 2), (-3, -3))]
-
-
-@pytest.mark.parametrize("mode, expected", [
-    ("RGB", ["100", "010", "001", "111"]), ("RGBA", ["100", "010", "001", "111"]), ("P", ["100", "010", "001", "111"]),
-    ("CMYK", ["100", "010", "001", "111"]), ("L", ["000", "111", "000", "111"]), ("LA", ["000", "111", "000", "111"]),
-    ("1", ["000", "111", "000", "111"])])
-@pytest.mark.parametrize("wide", [True, False])
-def test_other_modes_and_shapes(tmp_path, mode, expected, wide):
-    pixels = np.zeros((48, 64, 3) if wide else (64, 48, 3), np.uint8)           # black bands that the crop must remove
-    pixels[(slice(None), slice(8, 56)) if wide else slice(8, 56)] = quarters(48)
-    image = Image.fromarray(pixels).convert(mode, dither=Image.Dither.NONE)
-    image.save(tmp_path / f"x.{'tif' if mode == 'CMYK' else 'png'}")
-    data = from_folder(write(tmp_path, GOOD | {"file_name": f"x.{'tif' if mode == 'CMYK' else 'png'}"}))
-    assert data.images.shape == (1, 32, 32, 3) and data.images.dtype == np.uint8
-    assert corners(data.images[0]) == expected
-
-
-@pytest.mark.parametrize("orientation, turn", [
-    (1, None), (2, Image.Transpose.FLIP_LEFT_RIGHT), (3, Image.Transpose.ROTATE_180), (6, Image.Transpose.ROTATE_90),
-    (8, Image.Transpose.ROTATE_270)])
-def test_rotated_photographs_are_turned_upright(tmp_path, orientation, turn):
-    # the camera stores the picture turned and says so: what is stored is the inverse of what a viewer must do
-    upright = Image.fromarray(np.pad(quarters(48), ((0, 0), (8, 8), (0, 0))))
-    stored, exif = upright if turn is None else upright.transpose(turn), Image.Exif()
-    exif[0x0112] = orientation
-    stored.save(tmp_path / "x.jpg", quality=95, exif=exif)
-    data = from_folder(write(tmp_path, GOOD | {"file_name": "x.jpg"}))
-    assert corners(data.images[0]) == ["100", "010", "001", "111"]
-
-
-def test_colour_profiles_are_heeded(tmp_path):
-    """A scan that says where its red lies is turned into sRGB, as a viewer does; here the profile has red and blue exchanged."""
-    srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
-    places = {srgb[i:i + 4]: i for i in range(132, 132 + 12 * int.from_bytes(srgb[128:132], "big"), 12)}
-    exchanged = bytearray(srgb)
-    red, blue = (slice(places[tag] + 4, places[tag] + 12) for tag in (b"rXYZ", b"bXYZ"))
-    exchanged[red], exchanged[blue] = srgb[blue], srgb[red]
-    found = {}
-    for name, profile in (("none", None), ("srgb", srgb), ("exchanged", bytes(exchanged)), ("damaged", b"nonsense")):
-        for mode in ("RGB", "RGBA", "P"):
-            Image.fromarray(quarters(48)).convert(mode).save(tmp_path / "x.png", icc_profile=profile)
-            found[name, mode] = from_folder(write(tmp_path, GOOD | {"file_name": "x.png"})).images[0].astype(int)
-    for mode in ("RGB", "RGBA"):
-        assert corners(found["exchanged", mode]) == ["001", "010", "100", "111"]
-        assert np.abs(found["srgb", mode] - found["none", mode]).max() <= 2 and (found["damaged", mode] == found["none", mode]).all()
-    assert (found["srgb", "P"] == found["none", "P"]).all()
-
-
-def test_resizing_is_smooth(tmp_path):
-    checks = (np.indices((64, 64)).sum(0) % 2 * 255).astype(np.uint8)
-    Image.fromarray(checks).save(tmp_path / "x.png")
-    image = from_folder(write(tmp_path, GOOD | {"file_name": "x.png"})).images[0]
-    assert image[4:-4, 4:-4].min() > 120 and image[4:-4, 4:-4].max() < 135      # grey: no pixel was simply picked
-
-
-# ---------------------------------------------------------------- folders that are not
-
-def make_defects(folder):
-    """The files that the bad lines below name."""
-    rng = np.random.default_rng(0)
-    Image.fromarray(rng.integers(0, 256, (32, 32, 3), np.uint8)).save(folder / "whole.png")
-    (folder / "cut.png").write_bytes((folder / "whole.png").read_bytes()[:1500])
-    (folder / "text.png").write_text("this is no picture")
-    (folder / "empty.png").write_bytes(b"")
-    (folder / "sub").mkdir()
-    Image.fromarray(np.full((32, 32), 30000, np.uint16)).save(folder / "deep.png")
-    Image.new("RGB", (8, 8)).save(folder.parent / "outside.png")
-    (folder / "link.png").symlink_to(folder.parent / "outside.png")
-    (folder / "loop.png").symlink_to(folder / "loop.png")
-
-
-DEFECTS = {
-    "missing picture": (GOOD | {"file_name": "none.png"}, "none.png does not exist"),
-    "text as picture": (GOOD | {"file_name": "text.png"}, "text.png cannot be read as a picture"),
-    "empty picture": (GOOD | {"file_name": "empty.png"}, "empty.png cannot be read as a picture"),
-    "truncated picture": (GOOD | {"file_name": "cut.png"}, "cut.png cannot be read as a picture"),
-    "sixteen bits": (GOOD | {"file_name": "deep.png"}, "deep.png cannot be read as a picture .*more than 8 bits"),
-    "directory": (GOOD | {"file_name": "sub"}, "sub cannot be read as a picture"),
-    "the folder itself": (GOOD | {"file_name": "."}, "cannot be read as a picture"),
-    "outside": (GOOD | {"file_name": "../outside.png"}, "outside.png' is no file of this folder .*move the picture"),
-    "link to outside": (GOOD | {"file_name": "link.png"}, "link.png' is no file of this folder .*move the picture"),
-    "link to itself": (GOOD | {"file_name": "loop.png"}, "loop.png"),
-    "absolute": (GOOD | {"file_name": "/elsewhere/picture.png"}, "/elsewhere/picture.png' is no file of this folder .*move the picture"),
-    "null byte": (GOOD | {"file_name": "a\0.png"}, "is no file of this folder"),
-    "half a surrogate pair": (GOOD | {"file_name": "\ud800.png"}, "is no file of this folder"),
-    "missing file_name": ({"caption": "a boat"}, "'file_name' is missing or empty"),
-    "numeric file_name": (GOOD | {"file_name": 1}, "'file_name' is missing or empty"),
-    "missing caption": ({"file_name": "good.png"}, "'caption' is missing or empty"),
-    "empty caption": (GOOD | {"caption": "  "}, "'caption' is missing or empty"),
-    "caption is no string": (GOOD | {"caption": ["a boat"]}, "'caption' is missing or empty"),
-    "caption is NaN": (GOOD | {"caption": float("nan")}, "'caption' is missing or empty"),
-    "unknown attribute": (GOOD | {"positive": ["nice"]}, "unknown attribute 'nice'"),
-    "both sides": (GOOD | {"negative": ["tilted horizon"]}, "Composition/Horizon/Level: .* as positive and as negative"),
-    "wrong side": (GOOD | {"positive": ["too dark"]}, "'too dark' is the other side's phrase"),
-    "positive is a string": (GOOD | {"positive": "level horizon"}, "a list of strings, not 'level horizon'"),
-    "positive is null": (GOOD | {"positive": None}, "a list of strings, not None"),
-    "positive holds a number": (GOOD | {"positive": ["Level", 1]}, "a list of strings, not .*1"),
-    "positive is an object": (GOOD | {"positive": {"Level": 1}}, "a list of strings, not {"),
-    "negative is NaN": (GOOD | {"negative": float("nan")}, "a list of strings, not nan"),
-    "misspelled": ({"file_name": "good.png", "caption": "a boat", "postive": []}, "'postive' looks like 'positive' misspelled"),
-    "no JSON": (b"good.png, a boat", "not JSON"),
-    "half a line": (json.dumps(GOOD).encode()[:-5], "not JSON"),
-    "a list": (b'["good.png", "a boat"]', "not a JSON object"),
-    "NaN alone": (b"NaN", "not a JSON object"),
-    "invalid UTF-8": (b'{"file_name": "good.png", "caption": "\xff"}', "not JSON"),
-    "thousands of brackets": (b"[" * 100_000, "not JSON"),
-}
-
-
-@pytest.mark.parametrize("defect", DEFECTS)
-def test_defect_names_file_line_and_fault(tmp_path, defect):
-    row, message = DEFECTS[defect]
-    folder = write(tmp_path / "data", GOOD, b"", row, GOOD)           # the empty line counts as a line
-    make_defects(folder)
-    with pytest.raises(DataError, match=f"(?s)metadata.jsonl, line 3: .*{message}"):
-        from_folder(folder)
-
-
-def test_skip_bad_leaves_out_every_defect_and_counts(tmp_path, capsys):
-    last = GOOD | {"caption": "the last"}
-    folder = write(tmp_path / "data", GOOD, *(row for row, _ in DEFECTS.values()), last)
-    make_defects(folder)
-    data = from_folder(folder, skip_bad=True)
-    assert data.captions == ["a boat", "the last"] and data.skipped == len(DEFECTS)
-    assert len(data.images) == len(data.annotations) == 2 and (data.images == [10, 20, 30]).all()
-    assert f"skipped {len(DEFECTS)} bad lines, kept 2" in capsys.readouterr().out
-
-
-def test_transparent_parts_are_white(tmp_path):
-    folder = write(tmp_path, GOOD | {"file_name": "x.png"})
-    sheet = np.zeros((32, 32, 4), np.uint8)                           # black, all of it hidden
-    sheet[:, 16:] = 200, 0, 0, 255
-    Image.fromarray(sheet).save(folder / "x.png")
-    image = from_folder(folder).images[0]
-    assert (image[:, :14] == 255).all() and (image[:, 18:] == (200, 0, 0)).all()
-
-
-def test_damage_that_surprises_pillow_is_a_bad_line_too(tmp_path, monkeypatch):
-    def struct_error(image):
-        raise TypeError("bad operand type for abs()")                 # seen of a JPEG with one wrong byte in its EXIF part
-    monkeypatch.setattr(ImageOps, "exif_transpose", struct_error)
-    with pytest.raises(DataError, match="line 1: .*good.png cannot be read as a picture"):
-        from_folder(write(tmp_path, GOOD))
-
-
-def test_an_export_never_overwrites_a_folder_of_annotations(tmp_path):
-    folder = write(tmp_path, GOOD)
-    before = (folder / "metadata.jsonl").read_bytes()
-    with pytest.raises(DataError, match="metadata.jsonl exists and may be work of yours"):
-        main(["--out", str(folder), "--count", "1"])
-    assert (folder / "metadata.jsonl").read_bytes() == before and not (folder / "000000.png").exists()
-    shell = subprocess.run([sys.executable, "-m", "nanocpo.data", "--out", folder, "--count", "1"], capture_output=True, text=True)
-    assert shell.returncode == 1 and re.fullmatch("error: .*metadata.jsonl exists .*\n", shell.stderr)       # one line, no traceback
-
-
-def test_huge_picture_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)               # Pillow refuses at twice this
-    with pytest.raises(DataError, match="line 1: .*good.png is too large .*decompression bomb.*; save a smaller copy"):
-        from_folder(write(tmp_path, GOOD))
-
-
-@pytest.mark.parametrize("content", [None, b"", b"\n \n"])
-def test_folder_without_lines(tmp_path, content):
-    if content is not None:
-        (tmp_path / "metadata.jsonl").write_bytes(content)
-    for skip_bad in (False, True):                                    # no fault to skip: it stays an error
-        with pytest.raises(DataError, match="metadata.jsonl: " + ("not found" if content is None else "no usable picture")):
-            from_folder(tmp_path, skip_bad=skip_bad)
-
-
-def test_missing_folder(tmp_path):
-    with pytest.raises(DataError, match="nowhere/metadata.jsonl: not found"):
-        from_folder(tmp_path / "nowhere")
-
-
-def test_nothing_left_after_skipping(tmp_path):
-    with pytest.raises(DataError, match=r"metadata.jsonl: no usable picture in it \(2 skipped\)"):
-        from_folder(write(tmp_path, b"{", b"["), skip_bad=True)
-
-
-# ---------------------------------------------------------------- the command
-
-def test_command_writes_a_folder_that_reads_back(tmp_path, capsys):
-    main(["--out", str(tmp_path / "x"), "--count", "12", "--regime", "mixed", "--seed", "9"])
-    back, data = from_folder(tmp_path / "x"), from_painter(count=12, regime="mixed", seed=9)
-    assert same(back, data) and "12 pictures" in capsys.readouterr().out

@@ -1,4 +1,5 @@
-"""Schedules, forward process and sampler against formulas worked out by hand and a Gaussian whose noise is known exactly."""
+"""Schedules, forward process and sampler against formulas worked out by hand and a Gaussian whose
+noise is known exactly."""
 import math
 
 import pytest
@@ -16,7 +17,8 @@ def randn(*shape, seed=0):
 
 
 def answer(diffusion, x0_of):
-    """A model that always means x0_of(xt, alpha_bar): what it says in the terms of the diffusion."""
+    """A model that always means x0_of(xt, alpha_bar): what it says in the terms of the
+    diffusion."""
     def predict(xt, t):
         a, s = diffusion.alpha_bar[t[0]].sqrt(), (1 - diffusion.alpha_bar[t[0]]).sqrt()
         x0 = x0_of(xt, diffusion.alpha_bar[t[0]])
@@ -67,7 +69,8 @@ def test_q_sample_has_the_right_moments(schedule):
     x0 = torch.full((4, 1, 200, 200), 0.8)
     xt = diffusion.q_sample(x0, t, randn(4, 1, 200, 200).float()).double()
     alpha_bar = diffusion.alpha_bar[t]
-    assert xt.mean((1, 2, 3)).tolist() == pytest.approx((0.8 * alpha_bar.sqrt()).tolist(), abs=0.02)      # 4 standard errors
+    # 4 standard errors
+    assert xt.mean((1, 2, 3)).tolist() == pytest.approx((0.8 * alpha_bar.sqrt()).tolist(), abs=0.02)
     assert xt.var((1, 2, 3)).tolist() == pytest.approx((1 - alpha_bar).tolist(), rel=0.03)
 
 
@@ -111,7 +114,8 @@ def test_timesteps_for_every_count():
     diffusion = Diffusion()
     for count in range(1, 1001):
         times = diffusion.timesteps(count)
-        assert len(times) == count and times[0] == 999 and times[-1] >= 0 and (times.diff() < 0).all(), count
+        assert (len(times) == count and times[0] == 999 and times[-1] >= 0
+                and (times.diff() < 0).all()), count
     # 996 (1 - (i / 4)^1.5) + 3 - i = 999, 873.5, 644.9, 349.1
     assert diffusion.timesteps(4).tolist() == [999, 874, 645, 349]
     assert diffusion.timesteps(1000).tolist() == list(range(999, -1, -1))
@@ -120,7 +124,8 @@ def test_timesteps_for_every_count():
 @BOTH
 @EACH
 def test_ddim_recovers_a_gaussian(schedule, prediction):
-    # with eta 0 the sampler is affine in a Gaussian's noise, so two starts tell mean and deviation exactly
+    # with eta 0 the sampler is affine in a Gaussian's noise, so two starts tell mean and deviation
+    # exactly
     diffusion = Diffusion(schedule, prediction)
     last = diffusion.alpha_bar[-1]
     mean, std = last.sqrt() * MEAN, (last * STD ** 2 + 1 - last).sqrt()
@@ -133,30 +138,39 @@ def test_ddim_recovers_a_gaussian(schedule, prediction):
 @EACH
 def test_ddpm_recovers_a_gaussian(schedule, prediction):
     diffusion = Diffusion(schedule, prediction)
-    start = diffusion.q_sample(MEAN + STD * randn(20000, 1, 1, 1), torch.full((20000,), 999), randn(20000, 1, 1, 1, seed=1))
+    start = diffusion.q_sample(MEAN + STD * randn(20000, 1, 1, 1), torch.full((20000,), 999),
+                               randn(20000, 1, 1, 1, seed=1))
     generator = torch.Generator().manual_seed(2)
-    out = diffusion.sample(answer(diffusion, gaussian), start, count=1000, eta=1.0, generator=generator)
-    assert float(out.mean()) == pytest.approx(MEAN, abs=0.015) and float(out.std()) == pytest.approx(STD, abs=0.015)
-    assert torch.corrcoef(torch.stack([start.flatten(), out.flatten()]))[0, 1].abs() < 0.2      # the start is forgotten
+    out = diffusion.sample(answer(diffusion, gaussian), start, count=1000, eta=1.0,
+                           generator=generator)
+    assert (float(out.mean()) == pytest.approx(MEAN, abs=0.015)
+            and float(out.std()) == pytest.approx(STD, abs=0.015))
+    # the start is forgotten
+    assert torch.corrcoef(torch.stack([start.flatten(), out.flatten()]))[0, 1].abs() < 0.2
 
 
 @BOTH
 @EACH
 def test_every_ddpm_step_is_the_posterior(schedule, prediction):
-    # mean and variance of q(x_{t-1} | x_t, x_0), equations 6 and 7 of 2006.11239, with the very noise that the sampler draws
-    diffusion, x0, start = Diffusion(schedule, prediction, steps=6), randn(2, 3, 4, 4, seed=1), randn(2, 3, 4, 4, seed=2)
+    # mean and variance of q(x_{t-1} | x_t, x_0), equations 6 and 7 of 2006.11239, with the very
+    # noise that the sampler draws
+    diffusion, x0, start = (Diffusion(schedule, prediction, steps=6), randn(2, 3, 4, 4, seed=1),
+                            randn(2, 3, 4, 4, seed=2))
     seen, predict = [], answer(diffusion, lambda xt, _: x0)
     generator = torch.Generator().manual_seed(3)
-    out = diffusion.sample(lambda xt, t: seen.append((xt, t)) or predict(xt, t), start, 6, 1.0, generator)
+    out = diffusion.sample(lambda xt, t: seen.append((xt, t)) or predict(xt, t), start, 6, 1.0,
+                           generator)
     generator, alpha_bar = torch.Generator().manual_seed(3), [1.0] + diffusion.alpha_bar.tolist()
     for i, t in enumerate([5, 4, 3, 2, 1, 0]):
         assert seen[i][1].tolist() == [t, t] and seen[i][1].dtype == torch.int64
         now, before = alpha_bar[t + 1], alpha_bar[t]
         beta = 1 - now / before
-        mean = math.sqrt(before) * beta / (1 - now) * x0 + math.sqrt(1 - beta) * (1 - before) / (1 - now) * seen[i][0]
+        mean = (math.sqrt(before) * beta / (1 - now) * x0
+                + math.sqrt(1 - beta) * (1 - before) / (1 - now) * seen[i][0])
         beta_tilde = (1 - before) / (1 - now) * beta
         noise = torch.randn(start.shape, generator=generator, dtype=torch.float64) if t else 0
-        torch.testing.assert_close(seen[i + 1][0] if t else out, mean + math.sqrt(beta_tilde) * noise, atol=1e-9, rtol=0)
+        torch.testing.assert_close(seen[i + 1][0] if t else out,
+                                   mean + math.sqrt(beta_tilde) * noise, atol=1e-9, rtol=0)
 
 
 @EACH
@@ -165,11 +179,13 @@ def test_eta_scales_the_noise_of_a_skipping_step(prediction):
     diffusion = Diffusion("scaled_linear", prediction, steps=10)
     x0, start = randn(1, 2, 3, 3, seed=1), randn(1, 2, 3, 3, seed=2)
     seen, predict = [], answer(diffusion, lambda xt, _: x0)
-    diffusion.sample(lambda xt, t: seen.append(xt) or predict(xt, t), start, 2, 0.6, torch.Generator().manual_seed(3))
+    diffusion.sample(lambda xt, t: seen.append(xt) or predict(xt, t), start, 2, 0.6,
+                     torch.Generator().manual_seed(3))
     now, to = float(diffusion.alpha_bar[9]), float(diffusion.alpha_bar[5])
     sigma = 0.6 * math.sqrt((1 - to) / (1 - now) * (1 - now / to))
     eps = (start - math.sqrt(now) * x0) / math.sqrt(1 - now)
-    by_hand = math.sqrt(to) * x0 + math.sqrt(1 - to - sigma ** 2) * eps + sigma * randn(1, 2, 3, 3, seed=3)
+    by_hand = (math.sqrt(to) * x0 + math.sqrt(1 - to - sigma ** 2) * eps
+               + sigma * randn(1, 2, 3, 3, seed=3))
     torch.testing.assert_close(seen[1], by_hand, atol=1e-9, rtol=0)
 
 
@@ -177,8 +193,8 @@ def test_eta_scales_the_noise_of_a_skipping_step(prediction):
 @pytest.mark.parametrize("count", [1, 3])
 def test_the_last_step_adds_no_noise(prediction, count):
     diffusion, x0 = Diffusion("scaled_linear", prediction), randn(2, 3, 4, 4, seed=1)
-    outs = [diffusion.sample(answer(diffusion, lambda xt, _: x0), randn(2, 3, 4, 4, seed=2), count, 1.0,
-                             torch.Generator().manual_seed(seed)) for seed in (0, 1)]
+    outs = [diffusion.sample(answer(diffusion, lambda xt, _: x0), randn(2, 3, 4, 4, seed=2), count,
+                             1.0, torch.Generator().manual_seed(seed)) for seed in (0, 1)]
     for out in outs:
         torch.testing.assert_close(out, x0, atol=1e-12, rtol=0)
     if count == 1:
@@ -190,8 +206,10 @@ def test_eta_zero_needs_no_randomness_and_eta_one_does():
     predict, before = answer(diffusion, gaussian), torch.manual_seed(0).get_state()
     still = diffusion.sample(predict, start, 5)
     assert torch.equal(before, torch.get_rng_state())
-    noisy = [diffusion.sample(predict, start, 5, 1.0, torch.Generator().manual_seed(seed)) for seed in (0, 0, 1)]
-    assert torch.equal(noisy[0], noisy[1]) and not torch.equal(noisy[1], noisy[2]) and not torch.equal(still, noisy[0])
+    noisy = [diffusion.sample(predict, start, 5, 1.0, torch.Generator().manual_seed(seed))
+             for seed in (0, 0, 1)]
+    assert (torch.equal(noisy[0], noisy[1]) and not torch.equal(noisy[1], noisy[2])
+            and not torch.equal(still, noisy[0]))
 
 
 @EACH
@@ -199,10 +217,10 @@ def test_eta_zero_needs_no_randomness_and_eta_one_does():
 def test_clip_bounds_x0_and_the_noise_follows(prediction, eta):
     diffusion, start, seen = Diffusion("scaled_linear", prediction), randn(1, 2, 3, 3), []
     predict = answer(diffusion, lambda xt, _: 5 + 0 * xt)
-    out = diffusion.sample(lambda xt, t: seen.append(xt) or predict(xt, t), start, 2, eta, torch.Generator().manual_seed(1),
-                           clip=lambda x0: x0.clamp(-1, 1))
+    out = diffusion.sample(lambda xt, t: seen.append(xt) or predict(xt, t), start, 2, eta,
+                           torch.Generator().manual_seed(1), clip=lambda x0: x0.clamp(-1, 1))
     torch.testing.assert_close(out, torch.ones_like(out), atol=1e-12, rtol=0)
-    if eta == 0:                                              # the eps that belongs to the clipped x0, not the predicted one
+    if eta == 0:                     # the eps that belongs to the clipped x0, not the predicted one
         now, to = diffusion.alpha_bar[999], diffusion.alpha_bar[645]
         by_hand = to.sqrt() + (1 - to).sqrt() * (start - now.sqrt()) / (1 - now).sqrt()
         torch.testing.assert_close(seen[1], by_hand, atol=1e-12, rtol=0)
@@ -218,11 +236,13 @@ def test_guide():
     positive, negative = randn(2, 12, 3, 3, seed=1), randn(2, 12, 3, 3, seed=2)
     torch.testing.assert_close(guide(positive, negative, 1.0), positive)
     assert torch.equal(guide(positive, negative, 0.0), negative)
-    torch.testing.assert_close(guide(positive, negative, 3.0), 3 * positive - 2 * negative)      # away from the negative
-    assert (guide(positive, negative, 3.0) != positive).all()                                    # on every channel
+    # away from the negative
+    torch.testing.assert_close(guide(positive, negative, 3.0), 3 * positive - 2 * negative)
+    assert (guide(positive, negative, 3.0) != positive).all()                     # on every channel
 
 
-@pytest.mark.parametrize("arguments", [("linear", "v"), ("cosine", "x0"), ("cosine", "epsilon"), ("", "eps")])
+@pytest.mark.parametrize("arguments", [("linear", "v"), ("cosine", "x0"), ("cosine", "epsilon"),
+                                       ("", "eps")])
 def test_unknown_schedule_or_prediction_is_refused(arguments):
     with pytest.raises(ValueError, match="cosine, scaled_linear"):
         Diffusion(*arguments)

@@ -1,25 +1,35 @@
-"""The numbers of the report, by hand."""
+"""The numbers of the report, by hand, and which of its rows are kept."""
+import json
+import re
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
-import nanocpo.evaluate as module
-from nanocpo.criteria import Criteria
-from nanocpo.data import from_painter
-from nanocpo.evaluate import all_prompts, diversity, evaluate, frechet, interval, measure_row, real_positive, rows_key, table
+from toy_tiny import CRITERIA, DATA, settings_of, tiny_model
 
-CRITERIA = Criteria.load()
+import nanocpo.toy.report as module
+from nanocpo.run.settings import Report
+from nanocpo.toy.evaluate import (all_prompts, diversity, evaluate, frechet, measure_row,
+                                  real_positive, unfit)
+from nanocpo.toy.paintings import from_painter
+from nanocpo.toy.report import code_digest, report, table
+from nanocpo.toy.world import Toy
+from nanocpo.utils.report import interval
 
 
 def test_interval_by_hand():
-    mean, (low, high) = interval(np.array([1.0, 3.0]))            # standard deviation sqrt(2), standard error 1
+    # standard deviation sqrt(2), standard error 1
+    mean, (low, high) = interval(np.array([1.0, 3.0]))
     assert mean == 2 and low == pytest.approx(2 - 1.96) and high == pytest.approx(2 + 1.96)
 
 
 def test_diversity_is_the_mean_distance_within_a_caption():
     black, white = np.zeros((32, 32, 3), np.uint8), np.full((32, 32, 3), 255, np.uint8)
     assert diversity(np.stack([black, white]), ["a", "a"]) == pytest.approx(1)
-    assert diversity(np.stack([black, white]), ["a", "b"]) == 0   # pictures of two captions are never compared
+    # pictures of two captions are never compared
+    assert diversity(np.stack([black, white]), ["a", "b"]) == 0
     assert diversity(np.stack([black, black, white, white]), ["a", "a", "b", "b"]) == 0
     assert diversity(np.stack([black, black, white]), ["a"] * 3) == pytest.approx(2 / 3)
 
@@ -29,9 +39,12 @@ def test_frechet_of_gaussians():
     x = rng.normal(size=(4000, 3))
     assert frechet(x, x) == pytest.approx(0, abs=1e-9)
     assert frechet(x, x + [3, 0, 0]) == pytest.approx(9, rel=1e-6)
-    assert frechet(x, 2 * x) == pytest.approx(np.trace(np.cov(x.T)) + (x.mean(0) ** 2).sum(), rel=1e-6)      # (2 - 1)^2 S
+    # (2 - 1)^2 S
+    assert frechet(x, 2 * x) == pytest.approx(np.trace(np.cov(x.T)) + (x.mean(0) ** 2).sum(),
+                                              rel=1e-6)
     turned = x @ np.array([[0, -1, 0], [1, 0, 0], [0, 0, 1.0]]) * [1, 2, 3]
-    assert frechet(x, turned) == pytest.approx(frechet(turned, x), rel=1e-6) and frechet(x, turned) > 1
+    assert (frechet(x, turned) == pytest.approx(frechet(turned, x), rel=1e-6)
+            and frechet(x, turned) > 1)
 
 
 def test_row_counts_what_the_painter_painted():
@@ -39,9 +52,11 @@ def test_row_counts_what_the_painter_painted():
     reference, real = real_positive(CRITERIA, 200)
     row = measure_row(data.images, data.captions, CRITERIA, real)
     assert row["neg"] == pytest.approx((data.annotations < 0).sum(1).mean(), abs=0.1)
-    assert row["neg"] + row["pos"] == pytest.approx(12) and row["neg_ci"][0] < row["neg"] < row["neg_ci"][1]
+    assert (row["neg"] + row["pos"] == pytest.approx(len(CRITERIA))
+            and row["neg_ci"][0] < row["neg"] < row["neg_ci"][1])
     assert row["caption"] > 0.95 and row["frechet"] > 5 * abs(reference["frechet"]) + 1
-    assert sum(row["by_root"].values()) == pytest.approx(row["neg"]) == pytest.approx(sum(row["by_leaf"].values()))
+    assert (sum(row["by_root"].values()) == pytest.approx(row["neg"])
+            == pytest.approx(sum(row["by_leaf"].values())))
     shifted = data.captions[1:] + data.captions[:1]
     assert measure_row(data.images, shifted, CRITERIA, real)["caption"] < 0.5
     text = table({"rows": {"data": row}, "real_positive": reference})
@@ -50,7 +65,8 @@ def test_row_counts_what_the_painter_painted():
 
 def test_prompts_of_the_rows():
     plain, positive, negative = all_prompts(CRITERIA, ["a boat"])
-    assert (len(plain[0].positive), len(positive[0].positive), len(negative[0].negative)) == (0, 12, 12)
+    assert ((len(plain[0].positive), len(positive[0].positive), len(negative[0].negative))
+            == (0, len(CRITERIA), len(CRITERIA)))
     assert not positive[0].negative and not negative[0].positive and positive[0].caption == "a boat"
 
 
@@ -58,21 +74,61 @@ def test_the_command_asks_as_its_flags_say(monkeypatch):
     seen = []
     monkeypatch.setattr(module, "load_model", lambda path, device: f"{path} on {device}")
     monkeypatch.setattr(module, "table", str)
-    monkeypatch.setattr(module, "evaluate", lambda models, *rest: seen.append((models, rest)) or ({}, {}))
-    module.main("x.pt --kind guided --samples 8 --seed 3 --steps 5 --guidance 4 --device cpu".split())
+    monkeypatch.setattr(module, "evaluate",
+                        lambda models, *rest: seen.append((models, rest)) or ({}, {}))
+    module.main("x.pt --kind guided --samples 8 --seed 3 --steps 5 --guidance 4 "
+                "--device cpu".split())
     assert seen == [({"x.pt": ("x.pt on cpu", "guided")}, (8, 3, 5, 4.0))]
 
 
+class Painted(torch.nn.Linear):
+    """As much of a model as the report asks for: it paints black pictures."""
+    criteria, captions = CRITERIA, ["a boat"]
+
+    def __init__(self):
+        super().__init__(1, 1)
+
+    def sample(self, prompts, *rest, **named):
+        return -torch.ones(len(prompts), 3, 32, 32)
+
+
 def test_rows_are_kept_for_one_model_one_setting_and_one_code(monkeypatch, tmp_path):
-    model, other = torch.nn.Linear(1, 1), torch.nn.Linear(1, 1)
-    keys = [rows_key([model], 1), rows_key([model], 1), rows_key([other], 1), rows_key([model], 2)]
-    (tmp_path / "critic.py").write_text("another critic")
-    monkeypatch.setattr(module, "__file__", str(tmp_path / "evaluate.py"))
-    assert keys[0] == keys[1] and len({*keys, rows_key([model], 1)}) == 4
+    model, other, target = Painted(), Painted(), Painted()
+    settings, black, seen = Report(2, 3, 4.0), np.zeros((2, 32, 32, 3), np.uint8), []
+    monkeypatch.setattr(module, "table", str)
+    monkeypatch.setattr(module, "evaluate", lambda models, *how: seen.append(list(models)) or (
+        {"rows": {name: {"neg": how} for name in models}}, {name: black for name in models}))
+
+    def measured(base=model, auxiliary=model, settings=settings, seed=0):
+        """The rows that are measured now."""
+        report(tmp_path / "out", "target", base, auxiliary, target, settings, seed, 0)
+        return seen[-1]
+    kept = ["base", "auxiliary", "auxiliary_prompted", "auxiliary_guided"]
+    assert measured() == [*kept, "target"] and measured() == ["target"]
+    for another in (dict(base=other), dict(auxiliary=other), dict(seed=1),
+                    dict(settings=replace(settings, samples=3)),
+                    dict(settings=replace(settings, sampling_steps=4)),
+                    dict(settings=replace(settings, guidance=5.0))):
+        assert measured(**another) == [*kept, "target"], another
+        assert measured(**another) == ["target"]
+    assert measured() == [*kept, "target"] and measured() == ["target"]
+    written = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert written["rows"] == {name: {"neg": [2, 0, 3, 4.0]} for name in (*kept, "target")}
+
+    monkeypatch.setattr(module, "__file__", str(tmp_path / "nanocpo" / "toy" / "report.py"))
+    digests = []                                                  # of the code, file by file
+    for file in ("toy/critic.py", "diffusion.py", "utils/report.py"):
+        path = tmp_path / "nanocpo" / file
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"another {file}")
+        digests.append(code_digest())
+        assert measured() == [*kept, "target"] and measured() == ["target"]
+    assert len(set(digests)) == 3
 
 
 def test_every_row_is_asked_in_its_way():
-    """plain: the caption; prompted: all positive attributes; guided: the same, away from all negative ones."""
+    """plain: the caption; prompted: all positive attributes; guided: the same, away from all
+    negative ones."""
     class Asked:
         criteria, captions = CRITERIA, ["a boat"]
 
@@ -84,3 +140,37 @@ def test_every_row_is_asked_in_its_way():
     plain, positive, negative = all_prompts(CRITERIA, ["a boat"] * 2)
     asked = [(plain, None, 1.0), (positive, None, 1.0), (positive, negative, 3.0)]
     assert [model.seen for model, _ in models.values()] == [(*how, 7, 5) for how in asked]
+
+
+def test_the_report_asks_each_model_in_its_way(tmp_path, monkeypatch):
+    """The target sees plain captions; the rows that are kept belong to one base and
+    one auxiliary."""
+    asked, (base, auxiliary, target) = {}, (tiny_model(seed).frozen_copy() for seed in range(3))
+
+    def spy(models, *settings):
+        asked.clear()
+        asked.update(models)
+        return evaluate(models, *settings)
+    monkeypatch.setattr(module, "evaluate", spy)
+    settings = settings_of("--out", str(tmp_path), "--samples", "4", "--sampling-steps", "2")
+    Toy(settings, DATA).report(base, auxiliary, target, 0)
+    of_auxiliary = {"auxiliary": "plain", "auxiliary_prompted": "prompted",
+                    "auxiliary_guided": "guided"}
+    stage_1 = ({"base": (base, "plain")}
+               | {name: (auxiliary, kind) for name, kind in of_auxiliary.items()})
+    assert asked == stage_1 | {"target": (target, "plain")}
+    Toy(settings, DATA).report(base, auxiliary, target, 0)
+    assert asked == {"target": (target, "plain")}
+    Toy(settings, DATA).report(base, base, target, 0)                     # another auxiliary
+    assert list(asked) == [*stage_1, "target"]
+    Toy(settings.changed(seed=1), DATA).report(base, base, target, 0)     # another seed
+    assert list(asked) == [*stage_1, "target"]
+
+
+def test_a_report_is_only_written_of_the_painters_kind_of_picture(tmp_path):
+    data = from_painter(count=64, seed=3)
+    assert unfit(data) == ""
+    noise = np.random.default_rng(0).integers(0, 256, data.images.shape, np.uint8)
+    assert re.match("the critic agrees with [3-7].% of the annotations only",
+                    unfit(replace(data, images=noise)))
+    assert unfit(replace(data, captions=["a cat"] * 64)) == "the critic has no measure for a cat"

@@ -4,8 +4,8 @@ import torch
 
 from nanocpo.criteria import Criteria
 from nanocpo.model import Model
-from nanocpo.muon import Muon, orthogonalize
 from nanocpo.unet import UNetConfig
+from nanocpo.utils.muon import Muon, orthogonalize
 
 
 @pytest.mark.parametrize("shape", [(8, 32), (32, 8), (16, 16)])
@@ -14,7 +14,7 @@ def test_orthogonalize_keeps_directions_and_evens_out_their_sizes(shape):
     u, s, vh = torch.linalg.svd(torch.randn(shape), full_matrices=False)
     matrix = u @ torch.diag(torch.logspace(-1, 0, len(s))) @ vh   # singular values from 0.1 to 1
     out = orthogonalize(matrix)
-    inside = u.T @ out @ vh.T                                     # diagonal, if the singular vectors are kept
+    inside = u.T @ out @ vh.T                           # diagonal, if the singular vectors are kept
     values = inside.diagonal()
     assert values.min() > 0.5 and values.max() < 1.4
     assert (inside - torch.diag(values)).abs().max() < 0.15
@@ -23,7 +23,8 @@ def test_orthogonalize_keeps_directions_and_evens_out_their_sizes(shape):
 
 def test_rest_takes_adamw_steps_and_hidden_weights_do_not():
     torch.manual_seed(0)
-    config = UNetConfig(channels=(16, 32), depth=(0, 1), heads=(2, 2), groups=8, context_dim=16, vector_dim=16)
+    config = UNetConfig(channels=(16, 32), depth=(0, 1), heads=(2, 2), groups=8, context_dim=16,
+                        vector_dim=16)
     model = Model(Criteria.load(), ["a boat"], config, text_dim=16)
     twin = model.frozen_copy().requires_grad_(True)
     ours = Muon(model, 1e-2, weight_decay=0.1)
@@ -35,15 +36,19 @@ def test_rest_takes_adamw_steps_and_hidden_weights_do_not():
         ours.step()
         theirs.step()
     hidden = {id(p) for p in ours.param_groups[0]["params"]}
-    same = {name: torch.allclose(p, q, atol=1e-6) for (name, p), q in zip(model.named_parameters(), twin.parameters())}
+    same = {name: torch.allclose(p, q, atol=1e-6)
+            for (name, p), q in zip(model.named_parameters(), twin.parameters())}
     for name, p in model.named_parameters():
         inner = p.dim() >= 2 and name.startswith("unet.") and not name.startswith("unet.conv_")
         assert (id(p) in hidden) == inner and same[name] == (not inner), name
 
 
-@pytest.mark.parametrize("name, factor", [("mid_block.resnets.0.conv1.weight", 1), ("mid_block.attentions.0.transformer_blocks.0.ff.net.0.proj.weight", 8)])
+@pytest.mark.parametrize("name, factor", [
+    ("mid_block.resnets.0.conv1.weight", 1),
+    ("mid_block.attentions.0.transformer_blocks.0.ff.net.0.proj.weight", 8)])
 def test_muon_step_has_the_stated_size(name, factor):
-    """Ten times the learning rate, and the root of rows / columns (128 x 1152, 1024 x 128) more where a matrix is tall."""
+    """Ten times the learning rate, and the root of rows / columns (128 x 1152, 1024 x 128) more
+    where a matrix is tall."""
     model = Model(Criteria.load(), ["a boat"])
     weight = model.unet.get_parameter(name)
     before = weight.detach().clone()

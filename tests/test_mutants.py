@@ -1,4 +1,5 @@
-"""The planted bugs of mutants.py still fit the code. Running them takes longer: `python tests/mutants.py`."""
+"""The planted bugs of mutants.py still fit the code. Running them takes longer:
+`python tests/mutants.py`."""
 from mutants import MUTANTS, check
 
 

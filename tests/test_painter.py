@@ -5,22 +5,24 @@ import numpy as np
 import pytest
 
 from nanocpo.criteria import Criteria
-from nanocpo.critic import THRESHOLDS, _layouts, find_layout, judge
-from nanocpo.painter import CAPTIONS, HUES, LEAVES, SIZE, SUN_HEIGHT, X, Y, paint
+from nanocpo.toy.critic import THRESHOLDS, _layouts, find_layout, judge
+from nanocpo.toy.painter import CAPTIONS, HUES, LEAVES, SIZE, SUN_HEIGHT, X, Y, paint
 
 CRITERIA = Criteria.load()
 NAMES = [leaf.name for leaf in CRITERIA.leaves]
-PER_LEAF = 30                                                     # pictures in which one leaf is turned round, for each leaf
+PER_LEAF = 30                            # pictures in which one leaf is turned round, for each leaf
 
 
 def blurred(images, sigma, noise, rng):
-    """uint8 (N, H, W, 3) -> the same after a gaussian blur of sigma pixels and gaussian noise, `noise` of the full range."""
+    """uint8 (N, H, W, 3) -> the same after a gaussian blur of sigma pixels and gaussian noise,
+    `noise` of the full range."""
     weights = np.exp(-np.arange(-3, 4) ** 2 / (2 * sigma ** 2))
     out = images / 255
     for axis in (1, 2):
         pad = [(3, 3) if a == axis else (0, 0) for a in range(4)]
         padded = np.pad(out, pad, "edge")
-        out = sum(w * np.take(padded, range(k, k + SIZE), axis) for k, w in enumerate(weights / weights.sum()))
+        out = sum(w * np.take(padded, range(k, k + SIZE), axis)
+                  for k, w in enumerate(weights / weights.sum()))
     return np.round(np.clip(out + rng.normal(0, noise, out.shape), 0, 1) * 255).astype(np.uint8)
 
 
@@ -28,8 +30,10 @@ def blurred(images, sigma, noise, rng):
 def fresh():
     """2,000 paintings with independent random states: captions, states (2000, leaves), images."""
     rng = np.random.default_rng(77)
-    captions, states = [str(c) for c in rng.choice(CAPTIONS, 2000)], rng.choice([-1, 1], (2000, len(NAMES)))
-    images = [paint(caption, dict(zip(NAMES, row)), (77, i)) for i, (caption, row) in enumerate(zip(captions, states))]
+    captions, states = ([str(c) for c in rng.choice(CAPTIONS, 2000)],
+                        rng.choice([-1, 1], (2000, len(NAMES))))
+    images = [paint(caption, dict(zip(NAMES, row)), (77, i))
+              for i, (caption, row) in enumerate(zip(captions, states))]
     return captions, states, np.stack(images)
 
 
@@ -56,23 +60,28 @@ def test_same_arguments_same_bytes_other_seed_other_bytes(caption):
     pictures = [paint(caption, states, seed) for seed in (5, 5, 6, (5, 1))]
     assert all(p.shape == (32, 32, 3) and p.dtype == np.uint8 for p in pictures)
     assert pictures[0].tobytes() == pictures[1].tobytes()
-    assert pictures[0].tobytes() != pictures[2].tobytes() and pictures[0].tobytes() != pictures[3].tobytes()
+    assert (pictures[0].tobytes() != pictures[2].tobytes()
+            and pictures[0].tobytes() != pictures[3].tobytes())
     assert states == dict.fromkeys(LEAVES, 1)                     # the argument is left as it was
 
 
 def test_captions_and_seeds_vary_the_picture():
     # an all-positive painting of a caption varies in its hue only, between HUES
-    seen = [{paint(c, dict.fromkeys(LEAVES, 1), seed).tobytes() for seed in range(50)} for c in CAPTIONS]
-    assert all(len(variants) > 40 for variants in seen) and len(set().union(*seen)) == sum(map(len, seen))
-    sky = np.array([paint(CAPTIONS[0], dict.fromkeys(LEAVES, 1), seed)[10, 2] for seed in range(200)]) / 255
+    seen = [{paint(c, dict.fromkeys(LEAVES, 1), seed).tobytes() for seed in range(50)}
+            for c in CAPTIONS]
+    assert (all(len(variants) > 40 for variants in seen)
+            and len(set().union(*seen)) == sum(map(len, seen)))
+    sky = np.array([paint(CAPTIONS[0], dict.fromkeys(LEAVES, 1), seed)[10, 2]
+                    for seed in range(200)]) / 255
     hues = [colorsys.rgb_to_hsv(*colour)[0] for colour in sky]
     assert abs(min(hues) - HUES[0]) < 0.01 and abs(max(hues) - HUES[1]) < 0.01
 
 
 @pytest.mark.parametrize("caption, states, message", [
-    ("a horse", {}, "cannot paint 'a horse'.*a house, a tree, a boat, a sun"), ("boat", {}, "cannot paint 'boat'"),
+    ("a horse", {}, "cannot paint 'a horse'.*a house, a tree, a boat, a sun"),
+    ("boat", {}, "cannot paint 'boat'"),
     ("a boat", {"Mood": 1, "Level": 1}, r"cannot draw \['Mood'\].*Placement"),
-    ("a boat", {"Composition/Horizon/Level": 1}, "cannot draw")])                           # names, not paths
+    ("a boat", {"Composition/Horizon/Level": 1}, "cannot draw")])                 # names, not paths
 def test_unknown_caption_or_leaf(caption, states, message):
     with pytest.raises(ValueError, match=message):
         paint(caption, states, 0)
@@ -83,32 +92,37 @@ def test_leaf_that_is_not_named_takes_a_random_state(name):
     others, good = {leaf: 1 for leaf in LEAVES if leaf != name}, 0
     for seed in range(60):
         caption = CAPTIONS[seed % 4]
-        free, plus, minus = (paint(caption, others | extra, seed).tobytes() for extra in ({}, {name: 1}, {name: -1}))
-        assert plus != minus and free in (plus, minus)            # naming a leaf moves no other random number
+        free, plus, minus = (paint(caption, others | extra, seed).tobytes()
+                             for extra in ({}, {name: 1}, {name: -1}))
+        assert plus != minus and free in (plus, minus)  # naming a leaf moves no other random number
         good += free == plus
-    assert 15 <= good <= 45                                       # a fair coin: 30, four standard deviations either way
+    assert 15 <= good <= 45                   # a fair coin: 30, four standard deviations either way
 
 
 def test_leaves_that_are_not_named_are_independent_of_each_other():
     drawn = judge(np.stack([paint("a boat", {}, (8, i)) for i in range(100)]), CRITERIA).signs
     correlation = np.corrcoef(drawn.T) - np.eye(len(NAMES))
-    assert np.abs(correlation).max() < 0.5                        # noise alone gives 0.10 with 100 pictures
+    assert np.abs(correlation).max() < 0.5                # noise alone gives 0.10 with 100 pictures
 
 
-# ---------------------------------------------------------------- the critic on the painter's pictures
+# ------------------------------------------------------------- the critic on the painter's pictures
 
 def test_one_leaf_turned_round_leaves_the_others_as_they_were(fresh, verdicts):
     captions, states, images = fresh
-    turned = np.arange(PER_LEAF * len(NAMES)) % len(NAMES)        # picture i: leaf i % 12 is turned round, same seed
+    # picture i: leaf i modulo their number is turned round, same seed
+    turned = np.arange(PER_LEAF * len(NAMES)) % len(NAMES)
     flipped = states[:len(turned)].copy()
     flipped[np.arange(len(turned)), turned] *= -1
-    pictures = np.stack([paint(captions[i], dict(zip(NAMES, flipped[i])), (77, i)) for i in range(len(turned))])
+    pictures = np.stack([paint(captions[i], dict(zip(NAMES, flipped[i])), (77, i))
+                         for i in range(len(turned))])
     assert (pictures != images[:len(turned)]).any((1, 2, 3)).all()
     changed = judge(pictures, CRITERIA).signs != verdicts.signs[:len(turned)]
     for k, name in enumerate(NAMES):
         rows = changed[turned == k]
-        assert rows[:, k].mean() >= 0.95, f"{name}: the critic does not see that it was turned round"
-        assert np.delete(rows, k, 1).mean() <= 0.02, f"{name}: turning it round changes other verdicts"
+        assert rows[:, k].mean() >= 0.95, (
+            f"{name}: the critic does not see that it was turned round")
+        assert np.delete(rows, k, 1).mean() <= 0.02, (
+            f"{name}: turning it round changes other verdicts")
 
 
 def test_critic_agrees_with_the_painter(fresh, verdicts):
@@ -118,7 +132,8 @@ def test_critic_agrees_with_the_painter(fresh, verdicts):
 
 def test_critic_agrees_on_degraded_pictures(fresh):
     captions, states, images = (part[:1000] for part in fresh)    # half of them, for speed
-    share = agreement(judge(blurred(images, 0.6, 0.02, np.random.default_rng(1)), CRITERIA), captions, states)
+    share = agreement(judge(blurred(images, 0.6, 0.02, np.random.default_rng(1)), CRITERIA),
+                      captions, states)
     assert not {name: s for name, s in share.items() if s < 0.93}
 
 
@@ -126,28 +141,34 @@ def test_layout_is_found_again_under_a_steep_gradation():
     layouts, shapes = _layouts()
     rng = np.random.default_rng(0)
     for k in rng.choice(len(layouts), 12, replace=False):
-        colours = np.array([[0.5, 0.5, 0.6], [0.5, 0.5, 0.6], [0.4, 0.4, 0.5], [0.8, 0.8, 0.8]])     # sky, ground, dark, light
+        # sky, ground, dark, light
+        colours = np.array([[0.5, 0.5, 0.6], [0.5, 0.5, 0.6], [0.4, 0.4, 0.5], [0.8, 0.8, 0.8]])
         flat = sum((shape > 0)[:, None] * colour for shape, colour in zip(shapes[:4, k], colours))
         steep = flat + 8 * shapes[4, k][:, None]                  # and no step to the ground
         assert np.allclose(np.ravel(find_layout(steep.reshape(1, SIZE, SIZE, 3))), layouts[k])
 
 
 def test_dark_disc_high_up_is_no_sun():
-    disc = np.where(np.hypot(X - SIZE / 2, Y - SUN_HEIGHT)[..., None] < 6, 0.1, np.where((Y < 21.5)[..., None], 0.7, 0.35)) * np.ones(3)
+    disc = np.where(np.hypot(X - SIZE / 2, Y - SUN_HEIGHT)[..., None] < 6, 0.1,
+                    np.where((Y < 21.5)[..., None], 0.7, 0.35)) * np.ones(3)
     light = np.where(disc == 0.1, 1.0, disc)
     kinds = find_layout(np.stack([disc, light]))[2]
     assert CAPTIONS[int(kinds[0])] != "a sun" and CAPTIONS[int(kinds[1])] == "a sun"
 
 
 def test_scores_and_signs_belong_together(verdicts):
-    assert verdicts.signs.dtype == np.int8 and verdicts.scores.shape == verdicts.signs.shape == (2000, 12)
-    assert ((verdicts.scores > 0) == (verdicts.signs == 1)).all() and set(np.unique(verdicts.signs)) == {-1, 1}
+    assert (verdicts.signs.dtype == np.int8
+            and verdicts.scores.shape == verdicts.signs.shape == (2000, len(CRITERIA)))
+    assert (((verdicts.scores > 0) == (verdicts.signs == 1)).all()
+            and set(np.unique(verdicts.signs)) == {-1, 1})
     typical = [np.median(np.abs(column)) for column in verdicts.scores.T]
-    assert 0.4 < min(typical) and max(typical) < 3                # typical paintings lie near -1 and +1: comparable scales
+    # typical paintings lie near -1 and +1: comparable scales
+    assert 0.4 < min(typical) and max(typical) < 3
 
 
 def test_hues_are_compared_around_the_wheel(fresh, verdicts):
-    """A clashing ground is 0.42 turns from its sky, an analogous one 0.13; from some skies the way leads past red, where the wheel begins."""
+    """A clashing ground is 0.42 turns from its sky, an analogous one 0.13; from some skies the way
+    leads past red, where the wheel begins."""
     column, (threshold, scale) = NAMES.index("Harmony"), THRESHOLDS["Harmony"]
     turns = threshold + scale * verdicts.scores[:, column]
     for state, distance in ((-1, 0.42), (1, 0.13)):
@@ -173,7 +194,8 @@ def test_sub_tree_gives_that_trees_columns(fresh, verdicts):
 def test_pictures_of_no_scene_are_judged_too():
     # what an untrained model paints: the critic must answer with finite numbers, whatever it sees
     noise = np.random.default_rng(0).integers(0, 256, (32, 32, 3))
-    found = judge(np.stack([np.zeros_like(noise), np.full_like(noise, 255), noise]).astype(np.uint8), CRITERIA)
+    found = judge(np.stack([np.zeros_like(noise), np.full_like(noise, 255),
+                            noise]).astype(np.uint8), CRITERIA)
     assert np.isfinite(found.scores).all() and set(found.captions) <= set(CAPTIONS)
 
 
@@ -185,7 +207,8 @@ def test_leaf_without_a_measure():
         judge(np.zeros((1, 32, 32, 3), np.uint8), tree)
 
 
-@pytest.mark.parametrize("shape", [(2, 16, 16, 3), (2, 32, 32), (2, 3, 32, 32), (2, 32, 32, 4), (32, 32, 3)])
+@pytest.mark.parametrize("shape", [(2, 16, 16, 3), (2, 32, 32), (2, 3, 32, 32), (2, 32, 32, 4),
+                                   (32, 32, 3)])
 def test_wrong_size_of_picture(shape):
     with pytest.raises(ValueError, match=r"pictures of shape \(32, 32, 3\)"):
         judge(np.zeros(shape, np.uint8), CRITERIA)

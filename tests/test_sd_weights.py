@@ -1,4 +1,5 @@
-"""Every layout on disk gives the same tensors, what is not supported is refused by name, and damaged files say so and run nothing."""
+"""Every layout on disk gives the same tensors, what is not supported is refused by name, and
+damaged files say so and run nothing."""
 import json
 import pickle
 import re
@@ -14,12 +15,14 @@ pytest.importorskip("safetensors")
 from safetensors.torch import load_file, save_file                        # noqa: E402
 
 import sd_tiny                                                            # noqa: E402
-from nanocpo.sd import singlefile, weights                                # noqa: E402
+from nanocpo.sd import weights                                            # noqa: E402
+from nanocpo.sd.names import PRESETS, split, unet_name                    # noqa: E402
 from nanocpo.sd.weights import WeightsError, load_parts, read_part, read_tensors        # noqa: E402
 
 
 def tensors(parts):
-    return {f"{i} {name}": p for i, part in enumerate((parts.unet, parts.vae, *parts.encoders)) for name, p in part.state_dict().items()}
+    return {f"{i} {name}": p for i, part in enumerate((parts.unet, parts.vae, *parts.encoders))
+            for name, p in part.state_dict().items()}
 
 
 def same(a, b):
@@ -36,26 +39,33 @@ def saved(request, tmp_path_factory):
     return request.param, folder, load_parts(folder, dtype=torch.float64)
 
 
-# ---- the original names, from the structure and independently of nanocpo/sd/singlefile.py
+# ---- the original names, from the structure and independently of nanocpo/sd/names.py
 
 def ldm_unet(depth):
-    """[(diffusers' prefix, the original code's)] of a UNet with two residual blocks a level; depth says which levels attend."""
-    pairs = [("conv_in", "input_blocks.0.0"), ("conv_norm_out", "out.0"), ("conv_out", "out.2"), ("mid_block.resnets.0", "middle_block.0"),
-             ("mid_block.attentions.0", "middle_block.1"), ("mid_block.resnets.1", "middle_block.2")]
+    """[(diffusers' prefix, the original code's)] of a UNet with two residual blocks a level; depth
+    says which levels attend."""
+    pairs = [("conv_in", "input_blocks.0.0"), ("conv_norm_out", "out.0"), ("conv_out", "out.2"),
+             ("mid_block.resnets.0", "middle_block.0"),
+             ("mid_block.attentions.0", "middle_block.1"),
+             ("mid_block.resnets.1", "middle_block.2")]
     pairs += [(f"{ours}.linear_{i}", f"{theirs}.{2 * (i - 1)}") for i in (1, 2)
-              for ours, theirs in (("time_embedding", "time_embed"), ("add_embedding", "label_emb.0"))]
+              for ours, theirs in (("time_embedding", "time_embed"),
+                                   ("add_embedding", "label_emb.0"))]
     n = 1
     for level, attends in enumerate(depth):
         for i in range(2):
-            pairs += [(f"down_blocks.{level}.resnets.{i}", f"input_blocks.{n}.0"), (f"down_blocks.{level}.attentions.{i}", f"input_blocks.{n}.1")]
+            pairs += [(f"down_blocks.{level}.resnets.{i}", f"input_blocks.{n}.0"),
+                      (f"down_blocks.{level}.attentions.{i}", f"input_blocks.{n}.1")]
             n += 1
         pairs.append((f"down_blocks.{level}.downsamplers.0.conv", f"input_blocks.{n}.0.op"))
         n += 1
     for level, attends in enumerate(reversed(depth)):
         for i in range(3):
             n = 3 * level + i
-            pairs += [(f"up_blocks.{level}.resnets.{i}", f"output_blocks.{n}.0"), (f"up_blocks.{level}.attentions.{i}", f"output_blocks.{n}.1")]
-        pairs.append((f"up_blocks.{level}.upsamplers.0.conv", f"output_blocks.{n}.{2 if attends else 1}.conv"))
+            pairs += [(f"up_blocks.{level}.resnets.{i}", f"output_blocks.{n}.0"),
+                      (f"up_blocks.{level}.attentions.{i}", f"output_blocks.{n}.1")]
+        pairs.append((f"up_blocks.{level}.upsamplers.0.conv",
+                      f"output_blocks.{n}.{2 if attends else 1}.conv"))
     return pairs
 
 
@@ -65,18 +75,23 @@ def ldm_vae(levels):
     for half, side in (("encoder", "down"), ("decoder", "up")):
         for i in (1, 2):
             pairs.append((f"{half}.mid_block.resnets.{i - 1}", f"{half}.mid.block_{i}"))
-        for new, old in {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}.items():
+        for new, old in {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v",
+                         "to_out.0": "proj_out"}.items():
             pairs.append((f"{half}.mid_block.attentions.0.{new}", f"{half}.mid.attn_1.{old}"))
         pairs.append((f"{half}.conv_norm_out", f"{half}.norm_out"))
         for i in range(levels):
             at = i if side == "down" else levels - 1 - i
-            pairs += [(f"{half}.{side}_blocks.{i}.resnets.{j}", f"{half}.{side}.{at}.block.{j}") for j in range(3)]
-            pairs.append((f"{half}.{side}_blocks.{i}.{side}samplers.0", f"{half}.{side}.{at}.{side}sample"))
+            pairs += [(f"{half}.{side}_blocks.{i}.resnets.{j}", f"{half}.{side}.{at}.block.{j}")
+                      for j in range(3)]
+            pairs.append((f"{half}.{side}_blocks.{i}.{side}samplers.0",
+                          f"{half}.{side}.{at}.{side}sample"))
     return pairs
 
 
-INNER = {"unet": {"norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1", "norm2": "out_layers.0",
-                  "conv2": "out_layers.3", "conv_shortcut": "skip_connection"}, "vae": {"conv_shortcut": "nin_shortcut"}}
+INNER = {"unet": {"norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1",
+                  "norm2": "out_layers.0", "conv2": "out_layers.3",
+                  "conv_shortcut": "skip_connection"},
+         "vae": {"conv_shortcut": "nin_shortcut"}}
 
 
 def original(name, pairs, inner):
@@ -92,12 +107,16 @@ def original(name, pairs, inner):
 
 
 def openclip(state):
-    """A transformers text encoder's tensors -> OpenCLIP's: q, k and v stacked, the projection transposed, one block more than is used."""
-    out, blocks = {}, 1 + max(int(m[1]) for m in (re.match(r"encoder\.layers\.(\d+)", name) for name in state) if m)
+    """A transformers text encoder's tensors -> OpenCLIP's: q, k and v stacked, the projection
+    transposed, one block more than is used."""
+    out, blocks = {}, 1 + max(int(m[1]) for m in (re.match(r"encoder\.layers\.(\d+)", name)
+                                                  for name in state) if m)
     for name, x in state.items():
         name = name.replace("encoder.layers.", "transformer.resblocks.")
-        for new, old in {"layer_norm1": "ln_1", "layer_norm2": "ln_2", "mlp.fc1": "mlp.c_fc", "mlp.fc2": "mlp.c_proj", "self_attn.out_proj": "attn.out_proj",
-                         "final_layer_norm": "ln_final", "embeddings.token_embedding": "token_embedding",
+        for new, old in {"layer_norm1": "ln_1", "layer_norm2": "ln_2", "mlp.fc1": "mlp.c_fc",
+                         "mlp.fc2": "mlp.c_proj", "self_attn.out_proj": "attn.out_proj",
+                         "final_layer_norm": "ln_final",
+                         "embeddings.token_embedding": "token_embedding",
                          "embeddings.position_embedding.weight": "positional_embedding"}.items():
             name = name.replace(new, old)
         if name == "text_projection.weight":
@@ -107,20 +126,28 @@ def openclip(state):
             out.setdefault(f"{head}.attn.in_proj_{kind}", {})[part] = x
         else:
             out[name] = x
-    out = {name: torch.cat([x["q"], x["k"], x["v"]]) if isinstance(x, dict) else x for name, x in out.items()}
-    if "text_projection" not in out:                                      # SD 2 files hold a last block, a projection and a scale that it does not use
-        out |= {name.replace(f".{blocks - 1}.", f".{blocks}."): x + 1 for name, x in out.items() if f"resblocks.{blocks - 1}." in name}
+    out = {name: torch.cat([x["q"], x["k"], x["v"]]) if isinstance(x, dict) else x
+           for name, x in out.items()}
+    # SD 2 files hold a last block, a projection and a scale that it does not use
+    if "text_projection" not in out:
+        out |= {name.replace(f".{blocks - 1}.", f".{blocks}."): x + 1 for name, x in out.items()
+                if f"resblocks.{blocks - 1}." in name}
         out["text_projection"] = torch.ones(3, 3, dtype=torch.float64)
     return out | {"logit_scale": torch.tensor(4.6, dtype=torch.float64)}
 
 
 def single(kind, folder):
     """The folder's weights as one state dict of the original code."""
-    read = lambda part: {name.removeprefix("text_model."): x for name, x in read_part(folder / part).items()}
-    depth = [c > 0 for c in weights.unet_config(json.loads((folder / "unet" / "config.json").read_text())).depth]
+    read = lambda part: {name.removeprefix("text_model."): x
+                         for name, x in read_part(folder / part).items()}
+    depth = [c > 0 for c in weights.unet_config(
+        json.loads((folder / "unet" / "config.json").read_text())).depth]
     unet = {original(name, ldm_unet(depth), INNER["unet"]): x for name, x in read("unet").items()}
-    vae = {original(name, ldm_vae(4), INNER["vae"]): x[:, :, None, None] if "attentions" in name and x.dim() == 2 else x for name, x in read("vae").items()}
-    state = {f"model.diffusion_model.{name}": x for name, x in unet.items()} | {f"first_stage_model.{name}": x for name, x in vae.items()}
+    vae = {original(name, ldm_vae(4), INNER["vae"]):
+           x[:, :, None, None] if "attentions" in name and x.dim() == 2 else x
+           for name, x in read("vae").items()}
+    state = ({f"model.diffusion_model.{name}": x for name, x in unet.items()}
+             | {f"first_stage_model.{name}": x for name, x in vae.items()})
     clip = {"sd1": "cond_stage_model.transformer.text_model.", "sd2": "cond_stage_model.model.",
             "sdxl": "conditioner.embedders.0.transformer.text_model."}[kind]
     text = read("text_encoder")
@@ -129,58 +156,74 @@ def single(kind, folder):
     else:
         text["embeddings.position_ids"] = torch.arange(77)[None]
         # some programs save the whole of CLIP's text half
-        text |= {"text_projection.weight": torch.ones(24, 24, dtype=torch.float64), "logit_scale": torch.tensor(4.6, dtype=torch.float64)}
+        text |= {"text_projection.weight": torch.ones(24, 24, dtype=torch.float64),
+                 "logit_scale": torch.tensor(4.6, dtype=torch.float64)}
     state |= {clip + name: x for name, x in text.items()}
     if kind == "sdxl":
-        state |= {"conditioner.embedders.1.model." + name: x for name, x in openclip(read("text_encoder_2")).items()}
+        state |= {"conditioner.embedders.1.model." + name: x
+                  for name, x in openclip(read("text_encoder_2")).items()}
     if kind == "sd1":
-        state |= {"model_ema.diffusion_model" + name.replace(".", ""): x + 1 for name, x in unet.items()} | {"model_ema.decay": torch.tensor(0.9)}
-    return {name: x.contiguous() for name, x in state.items()} | {"betas": torch.zeros(1000), "alphas_cumprod": torch.zeros(1000)}
+        state |= ({"model_ema.diffusion_model" + name.replace(".", ""): x + 1
+                   for name, x in unet.items()} | {"model_ema.decay": torch.tensor(0.9)})
+    return ({name: x.contiguous() for name, x in state.items()}
+            | {"betas": torch.zeros(1000), "alphas_cumprod": torch.zeros(1000)})
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".ckpt"])
 def test_single_files_equal_the_folder(saved, suffix, tmp_path):
     kind, folder, parts = saved
     state, path = single(kind, folder), tmp_path / f"model{suffix}"
-    save_file(state, path) if suffix == ".safetensors" else torch.save({"state_dict": state, "global_step": 470000}, path)
+    (save_file(state, path) if suffix == ".safetensors"
+     else torch.save({"state_dict": state, "global_step": 470000}, path))
     got = load_parts(path, config=folder, dtype=torch.float64)
     assert same(got, parts)
-    assert (got.diffusion.prediction, got.diffusion.sampler) == ({"sd2": "v"}.get(kind, "eps"), "list" if kind == "sdxl" else "ddim")
+    assert (got.diffusion.prediction, got.diffusion.fixed_stride) == (
+        {"sd2": "v"}.get(kind, "eps"), kind != "sdxl")
     if kind == "sd2":
         assert load_parts(path, config=folder, prediction="eps").diffusion.prediction == "eps"
         # converted from diffusers' layout, a file has neither the last block nor the projection
-        cut = {name: x for name, x in state.items() if not re.search(r"resblocks\.3\.|text_projection|logit_scale", name)}
+        cut = {name: x for name, x in state.items()
+               if not re.search(r"resblocks\.3\.|text_projection|logit_scale", name)}
         assert len(cut) < len(state) - 2
         torch.save(cut, tmp_path / "converted.ckpt")
-        assert same(load_parts(tmp_path / "converted.ckpt", config=folder, dtype=torch.float64), parts)
-    if kind == "sdxl":                                                    # fine-tunes that predict v say so by the names of tensors
-        torch.save(state | {"v_pred": torch.tensor([]), "ztsnr": torch.tensor([])}, tmp_path / "v.ckpt")
-        _, presets = singlefile.split(read_tensors(tmp_path / "v.ckpt"), "x")
+        assert same(load_parts(tmp_path / "converted.ckpt", config=folder, dtype=torch.float64),
+                    parts)
+    if kind == "sdxl":                    # fine-tunes that predict v say so by the names of tensors
+        torch.save(state | {"v_pred": torch.tensor([]), "ztsnr": torch.tensor([])},
+                   tmp_path / "v.ckpt")
+        _, presets = split(read_tensors(tmp_path / "v.ckpt"), "x")
         diffusion = weights.diffusion_config(presets["scheduler"])
-        assert (diffusion.prediction, diffusion.spacing, diffusion.sampler, diffusion.alpha_bar[-1]) == ("v", "trailing", "list", 0)
+        assert (diffusion.prediction, diffusion.spacing, diffusion.fixed_stride,
+                diffusion.alpha_bar[-1]) == ("v", "trailing", False, 0)
     lean = {name: x for name, x in state.items() if not name.startswith("first_stage_model.")}
     with pytest.raises(WeightsError, match="x: no VAE in it"):
-        singlefile.split(lean, "x")
+        split(lean, "x")
 
 
 @pytest.mark.parametrize("version", ["1", "2", "xl"])
 def test_all_names_of_full_single_files(version):
-    # from diffusers' names to the original code's and back; and the original's through diffusers' own converter
+    # from diffusers' names to the original code's and back; and the original's through diffusers'
+    # own converter
     utils = pytest.importorskip("diffusers.loaders.single_file_utils")
     from nanocpo.unet import UNet
-    config = weights.unet_config(singlefile.PRESETS[version]["unet"])
+    config = weights.unet_config(PRESETS[version]["unet"])
     with torch.device("meta"):
         ours = UNet(config).state_dict()
     pairs = ldm_unet([depth > 0 for depth in config.depth])
     originals = {name: original(name, pairs, INNER["unet"]) for name in ours}
     assert len(set(originals.values())) == len(ours)
-    assert all(singlefile.unet_name(old) == name for name, old in originals.items())
-    settings = dict(layers_per_block=2, addition_embed_type="text_time" if version == "xl" else None, class_embed_type=None,
-                    **{key: v for key, v in singlefile.PRESETS[version]["unet"].items() if key.endswith("types")})
+    assert all(unet_name(old) == name for name, old in originals.items())
+    settings = dict(layers_per_block=2,
+                    addition_embed_type="text_time" if version == "xl" else None,
+                    class_embed_type=None,
+                    **{key: v for key, v in PRESETS[version]["unet"].items()
+                       if key.endswith("types")})
     settings.setdefault("down_block_types", [sd_tiny.CROSS_DOWN] * 3 + ["DownBlock2D"])
     settings.setdefault("up_block_types", ["UpBlock2D"] + [sd_tiny.CROSS_UP] * 3)
-    theirs = utils.convert_ldm_unet_checkpoint({f"model.diffusion_model.{old}": ours[name] for name, old in originals.items()}, settings)
-    assert {name: p.shape for name, p in theirs.items()} == {name: p.shape for name, p in ours.items()}
+    theirs = utils.convert_ldm_unet_checkpoint({f"model.diffusion_model.{old}": ours[name]
+                                                for name, old in originals.items()}, settings)
+    assert ({name: p.shape for name, p in theirs.items()}
+            == {name: p.shape for name, p in ours.items()})
 
 
 def test_variants_bins_and_shards(saved, tmp_path):
@@ -191,13 +234,17 @@ def test_variants_bins_and_shards(saved, tmp_path):
     stem = "diffusion_pytorch_model"
     names = sorted(state)
     for half, part in enumerate((names[:300], names[300:]), 1):
-        save_file({name: state[name] for name in part}, tmp_path / f"{stem}-0000{half}-of-00002.safetensors")
-    index = {"metadata": {}, "weight_map": {name: f"{stem}-0000{1 + (i >= 300)}-of-00002.safetensors" for i, name in enumerate(names)}}
+        save_file({name: state[name] for name in part},
+                  tmp_path / f"{stem}-0000{half}-of-00002.safetensors")
+    index = {"metadata": {},
+             "weight_map": {name: f"{stem}-0000{1 + (i >= 300)}-of-00002.safetensors"
+                            for i, name in enumerate(names)}}
     listing = tmp_path / f"{stem}.safetensors.index.json"
     listing.write_text(json.dumps(index))
     got = read_part(tmp_path)
     assert got.keys() == state.keys() and all(torch.equal(got[name], state[name]) for name in state)
-    listing.write_text(json.dumps({"weight_map": index["weight_map"] | {names[0]: f"{stem}-00002-of-00002.safetensors"}}))
+    listing.write_text(json.dumps({"weight_map": index["weight_map"]
+                                   | {names[0]: f"{stem}-00002-of-00002.safetensors"}}))
     with pytest.raises(WeightsError, match=f"index.json: {re.escape(names[0])} should be in"):
         read_part(tmp_path)
     listing.write_text(json.dumps({"weight_map": {names[0]: "../elsewhere.safetensors"}}))
@@ -216,14 +263,16 @@ def test_variants_bins_and_shards(saved, tmp_path):
         read_part(half)
     texts = load_file(folder / "text_encoder" / "model.safetensors")
     shutil.rmtree(bins), bins.mkdir()
-    torch.save({f"text_model.{name.removeprefix('text_model.')}": x for name, x in texts.items()}, bins / "pytorch_model.bin")
+    torch.save({f"text_model.{name.removeprefix('text_model.')}": x for name, x in texts.items()},
+               bins / "pytorch_model.bin")
     assert len(read_part(bins)) == len(texts)
 
 
 def test_types(saved):
     _, folder, _ = saved
     half = load_parts(folder, dtype=torch.float16)
-    assert half.unet.conv_in.weight.dtype == torch.float16 and half.vae.quant_conv.weight.dtype == torch.float32       # never the VAE
+    assert (half.unet.conv_in.weight.dtype == torch.float16
+            and half.vae.quant_conv.weight.dtype == torch.float32)        # never the VAE
     assert load_parts(folder, dtype=torch.bfloat16).vae.quant_conv.weight.dtype == torch.bfloat16
     assert not any(p.is_meta or p.requires_grad for p in tensors(half).values())
 
@@ -231,54 +280,77 @@ def test_types(saved):
 # ---- refusals
 
 @pytest.mark.parametrize("setting, words", [
-    ({"in_channels": 9}, "in_channels = 9 .*inpainting"), ({"time_cond_proj_dim": 256}, "time_cond_proj_dim.*latent consistency"),
-    ({"class_embed_type": "timestep"}, "class_embed_type.*class embeddings"), ({"num_class_embeds": 1000}, "num_class_embeds"),
-    ({"dual_cross_attention": True}, "dual_cross_attention"), ({"only_cross_attention": True}, "only_cross_attention"),
-    ({"resnet_time_scale_shift": "scale_shift"}, "resnet_time_scale_shift"), ({"act_fn": "gelu"}, "act_fn"), ({"encoder_hid_dim": 64}, "encoder_hid_dim"),
-    ({"attention_type": "gated"}, "attention_type"), ({"conv_in_kernel": 1}, "conv_in_kernel"), ({"flip_sin_to_cos": False}, "flip_sin_to_cos"),
-    ({"freq_shift": 1}, "freq_shift"), ({"addition_embed_type": "image"}, "addition_embed_type"), ({"some_new_thing": 3}, "some_new_thing"),
-    ({"down_block_types": ["AttnDownBlock2D"] * 4}, "AttnDownBlock2D"), ({"attention_head_dim": [8, 8]}, "one number for each of 4"),
-    ({"transformer_layers_per_block": [[1, 1], 1, 1, 1]}, "one number for each"), ({"norm_eps": 1e-6}, "norm_eps")])
+    ({"in_channels": 9}, "in_channels = 9 .*inpainting"),
+    ({"time_cond_proj_dim": 256}, "time_cond_proj_dim.*latent consistency"),
+    ({"class_embed_type": "timestep"}, "class_embed_type.*class embeddings"),
+    ({"num_class_embeds": 1000}, "num_class_embeds"),
+    ({"dual_cross_attention": True}, "dual_cross_attention"),
+    ({"only_cross_attention": True}, "only_cross_attention"),
+    ({"resnet_time_scale_shift": "scale_shift"}, "resnet_time_scale_shift"),
+    ({"act_fn": "gelu"}, "act_fn"), ({"encoder_hid_dim": 64}, "encoder_hid_dim"),
+    ({"attention_type": "gated"}, "attention_type"), ({"conv_in_kernel": 1}, "conv_in_kernel"),
+    ({"flip_sin_to_cos": False}, "flip_sin_to_cos"), ({"freq_shift": 1}, "freq_shift"),
+    ({"addition_embed_type": "image"}, "addition_embed_type"),
+    ({"some_new_thing": 3}, "some_new_thing"),
+    ({"down_block_types": ["AttnDownBlock2D"] * 4}, "AttnDownBlock2D"),
+    ({"attention_head_dim": [8, 8]}, "one number for each of 4"),
+    ({"transformer_layers_per_block": [[1, 1], 1, 1, 1]}, "one number for each"),
+    ({"norm_eps": 1e-6}, "norm_eps")])
 def test_unet_settings_are_refused_by_name(setting, words):
     with pytest.raises(WeightsError, match=words):
         weights.unet_config(setting)
 
 
 def test_other_settings_are_refused_by_name():
-    for call, setting, words in ((weights.vae_config, {"shift_factor": 0.1}, "shift_factor"), (weights.vae_config, {"use_quant_conv": False}, "use_quant_conv"),
-                                 (weights.vae_config, {"down_block_types": ["AttnDown"]}, "AttnDown"), (weights.clip_config, {"hidden_act": "relu"}, "hidden_act"),
-                                 (weights.clip_config, {"architectures": ["T5EncoderModel"]}, "T5EncoderModel"),
-                                 (weights.diffusion_config, {"prediction_type": "sample"}, "prediction_type"),
-                                 (weights.diffusion_config, {"beta_schedule": "linear"}, "beta_schedule"),
-                                 (weights.diffusion_config, {"_class_name": "LCMScheduler"}, "LCMScheduler")):
+    for call, setting, words in (
+            (weights.vae_config, {"shift_factor": 0.1}, "shift_factor"),
+            (weights.vae_config, {"use_quant_conv": False}, "use_quant_conv"),
+            (weights.vae_config, {"down_block_types": ["AttnDown"]}, "AttnDown"),
+            (weights.clip_config, {"hidden_act": "relu"}, "hidden_act"),
+            (weights.clip_config, {"architectures": ["T5EncoderModel"]}, "T5EncoderModel"),
+            (weights.diffusion_config, {"prediction_type": "sample"}, "prediction_type"),
+            (weights.diffusion_config, {"beta_schedule": "linear"}, "beta_schedule"),
+            (weights.diffusion_config, {"_class_name": "LCMScheduler"}, "LCMScheduler")):
         with pytest.raises(WeightsError, match=words):
             call(setting)
-    pndm = weights.diffusion_config({"_class_name": "PNDMScheduler", "skip_prk_steps": True, "beta_schedule": "scaled_linear"})
-    assert (pndm.sampler, pndm.spacing, pndm.prediction) == ("ddim", "leading", "eps")
+    pndm = weights.diffusion_config({"_class_name": "PNDMScheduler", "skip_prk_steps": True,
+                                     "beta_schedule": "scaled_linear"})
+    assert (pndm.fixed_stride, pndm.spacing, pndm.prediction) == (True, "leading", "eps")
 
 
 def test_settings_that_are_read():
-    """The number of heads stands under either name; with zero-terminal SNR the last step is pure noise."""
+    """The number of heads stands under either name; with zero-terminal SNR the last step is pure
+    noise."""
     config = {"attention_head_dim": 64, "num_attention_heads": [5, 10, 20, 20]}
-    assert weights.unet_config(config).heads == (5, 10, 20, 20) and weights.unet_config({"attention_head_dim": 5}).heads == (5,) * 4
-    settings = {"_class_name": "DDIMScheduler", "prediction_type": "v_prediction", "timestep_spacing": "trailing"}
-    usual, zero = (weights.diffusion_config(settings | {"rescale_betas_zero_snr": value}) for value in (False, True))
+    assert (weights.unet_config(config).heads == (5, 10, 20, 20)
+            and weights.unet_config({"attention_head_dim": 5}).heads == (5,) * 4)
+    settings = {"_class_name": "DDIMScheduler", "prediction_type": "v_prediction",
+                "timestep_spacing": "trailing"}
+    usual, zero = (weights.diffusion_config(settings | {"rescale_betas_zero_snr": value})
+                   for value in (False, True))
     assert usual.alpha_bar[-1] > 0.004 and zero.alpha_bar[-1] == 0
-    assert usual.prediction == zero.prediction == "v" and usual.spacing == "trailing" and usual.sampler == "ddim"
+    assert (usual.prediction == zero.prediction == "v" and usual.spacing == "trailing"
+            and usual.fixed_stride is True)
 
 
 def test_presets_say_what_the_public_configurations_say():
-    """What changes no shape: the latents' scale, the number of heads, what is predicted, the text encoder's activation."""
-    presets = [singlefile.PRESETS[version] for version in ("1", "2", "xl")]
+    """What changes no shape: the latents' scale, the number of heads, what is predicted, the text
+    encoder's activation."""
+    presets = [PRESETS[version] for version in ("1", "2", "xl")]
     assert [weights.vae_config(p["vae"]).scale for p in presets] == [0.18215, 0.18215, 0.13025]
-    assert [weights.unet_config(p["unet"]).heads for p in presets] == [(8,) * 4, (5, 10, 20, 20), (5, 10, 20)]
-    assert [weights.diffusion_config(p["scheduler"]).prediction for p in presets] == ["eps", "v", "eps"]
-    assert [weights.clip_config(p["text_encoder"]).activation for p in presets] == ["quick_gelu", "gelu", "quick_gelu"]
+    assert ([weights.unet_config(p["unet"]).heads for p in presets]
+            == [(8,) * 4, (5, 10, 20, 20), (5, 10, 20)])
+    assert ([weights.diffusion_config(p["scheduler"]).prediction for p in presets]
+            == ["eps", "v", "eps"])
+    assert ([weights.clip_config(p["text_encoder"]).activation for p in presets]
+            == ["quick_gelu", "gelu", "quick_gelu"])
     assert [p["unet"]["sample_size"] for p in presets] == [64, 96, 128]
 
 
-@pytest.mark.parametrize("names, words", [(["conditioner.embedders.0.model.x"], "refiner"), (["edm_mean"], "EDM"), (["edm_vpred.sigma_max"], "EDM"), (["control_model.x"], "ControlNet"),
-                                          (["something.else"], "no UNet")])
+@pytest.mark.parametrize("names, words", [
+    (["conditioner.embedders.0.model.x"], "refiner"), (["edm_mean"], "EDM"),
+    (["edm_vpred.sigma_max"], "EDM"), (["control_model.x"], "ControlNet"),
+    (["something.else"], "no UNet")])
 def test_other_single_files_are_refused_by_name(names, words, tmp_path):
     save_file({name: torch.zeros(2) for name in names}, tmp_path / "x.safetensors")
     with pytest.raises(WeightsError, match=f"x.safetensors: .*{words}"):
@@ -293,9 +365,11 @@ def test_inpainting_single_file_and_missing_tokenizer(saved, tmp_path):
     shutil.copytree(folder, bare, ignore=shutil.ignore_patterns("tokenizer*", "*.safetensors"))
     with pytest.raises(WeightsError, match="no tokenizer.*; give --tokenizer"):
         load_parts(tmp_path / "plain.safetensors", config=bare)
-    got = load_parts(tmp_path / "plain.safetensors", config=bare, tokenizer=folder / "tokenizer" / "merges.txt", dtype=torch.float64)
-    assert [t.pad for t in got.tokenizers] == {"sd1": [len(got.tokenizers[0].vocabulary) - 1], "sd2": [0],
-                                               "sdxl": [len(got.tokenizers[0].vocabulary) - 1, 0]}[kind]
+    got = load_parts(tmp_path / "plain.safetensors", config=bare,
+                     tokenizer=folder / "tokenizer" / "merges.txt", dtype=torch.float64)
+    assert [t.pad for t in got.tokenizers] == {
+        "sd1": [len(got.tokenizers[0].vocabulary) - 1], "sd2": [0],
+        "sdxl": [len(got.tokenizers[0].vocabulary) - 1, 0]}[kind]
     state["model.diffusion_model.input_blocks.0.0.weight"] = torch.zeros(16, 9, 3, 3)
     save_file(state, tmp_path / "nine.safetensors")
     with pytest.raises(WeightsError, match="nine.safetensors, unet: in_channels = 9.*inpainting"):
@@ -310,7 +384,9 @@ def test_weights_that_do_not_fit_are_shown(saved, tmp_path):
     state = load_file(file)
     state["extra"], state["conv_out.bias"] = state.pop("conv_in.bias"), torch.zeros(5)
     save_file(state, file)
-    with pytest.raises(WeightsError, match=r"unet.*missing: conv_in.bias; unknown: extra; of another shape: conv_out.bias \(5,\), not \(4,\)"):
+    with pytest.raises(WeightsError,
+                       match=r"unet.*missing: conv_in.bias; unknown: extra; "
+                             r"of another shape: conv_out.bias \(5,\), not \(4,\)"):
         load_parts(broken)
     shutil.rmtree(broken / "text_encoder")
     with pytest.raises(WeightsError, match="needs unet/, vae/ and text_encoder/"):
@@ -338,10 +414,12 @@ def test_damaged_files_say_so(tmp_path):
     good = tmp_path / "good.safetensors"
     save_file({"a": torch.arange(100.0)}, good)
     content, path = good.read_bytes(), tmp_path / "bad.safetensors"
-    for wrong in (content[:-50], content[:20], b"", b"\xff" * 8 + content[8:], content[:8] + b"?" + content[9:],
-                  content.replace(b'"F32"', b'"F99"'), b"<html>not found</html>"):
+    for wrong in (content[:-50], content[:20], b"", b"\xff" * 8 + content[8:],
+                  content[:8] + b"?" + content[9:], content.replace(b'"F32"', b'"F99"'),
+                  b"<html>not found</html>"):
         path.write_bytes(wrong)
-        with pytest.raises(WeightsError, match="bad.safetensors: not a safetensors file, or cut off"):
+        with pytest.raises(WeightsError,
+                           match="bad.safetensors: not a safetensors file, or cut off"):
             read_tensors(path)
     torch.save({"state_dict": {"a": torch.arange(100.0)}}, tmp_path / "good.ckpt")
     assert read_tensors(tmp_path / "good.ckpt")["a"][99] == 99
@@ -365,7 +443,8 @@ class Malicious:
 @pytest.mark.parametrize("old", [False, True], ids=["zip", "before 1.6"])
 def test_a_malicious_pickle_runs_nothing(old, tmp_path):
     trap = tmp_path / "it_ran"
-    torch.save({"state_dict": Malicious(str(trap))}, tmp_path / "bad.ckpt", _use_new_zipfile_serialization=not old)
+    torch.save({"state_dict": Malicious(str(trap))}, tmp_path / "bad.ckpt",
+               _use_new_zipfile_serialization=not old)
     with pytest.raises(WeightsError, match="nothing in it was run"):
         read_tensors(tmp_path / "bad.ckpt")
     with open(tmp_path / "raw.bin", "wb") as file:
@@ -383,11 +462,13 @@ def test_old_checkpoints_with_a_training_callback_load(monkeypatch, tmp_path):
         for i in range(3):
             patch.setitem(sys.modules, ".".join(name.split(".")[:i + 1]), types.ModuleType(name))
         sys.modules[name].ModelCheckpoint = kind
-        torch.save({"state_dict": {"a": torch.ones(2)}, "callbacks": {kind: {"best": np.float64(0.5)}}}, tmp_path / "own.ckpt",
-                   _use_new_zipfile_serialization=False)
+        torch.save({"state_dict": {"a": torch.ones(2)},
+                    "callbacks": {kind: {"best": np.float64(0.5)}}},
+                   tmp_path / "own.ckpt", _use_new_zipfile_serialization=False)
     content = (tmp_path / "own.ckpt").read_bytes()
-    for module in (b"numpy.core", b"numpy._core"):                # the public files' name, and numpy 2's
-        renamed, count = re.subn(rb"cnumpy\._?core\.multiarray\nscalar\n", b"c" + module + b".multiarray\nscalar\n", content)
+    for module in (b"numpy.core", b"numpy._core"):           # the public files' name, and numpy 2's
+        renamed, count = re.subn(rb"cnumpy\._?core\.multiarray\nscalar\n",
+                                 b"c" + module + b".multiarray\nscalar\n", content)
         assert count == 1
         (tmp_path / "old.ckpt").write_bytes(renamed)
         assert read_tensors(tmp_path / "old.ckpt")["a"].tolist() == [1, 1]

@@ -1,1 +1,2 @@
-"""Public Stable Diffusion weights (1.x, 2.x, XL) as nanocpo's models: the UNet is nanocpo/unet.py, the rest is here."""
+"""Public Stable Diffusion weights (1.x, 2.x, XL) as nanocpo's models: the UNet is nanocpo/unet.py,
+the rest is here."""

@@ -1,4 +1,5 @@
-"""Reading the files of public weights: tensors, shards and settings. Nothing in a file is ever executed."""
+"""Reading the files of public weights: tensors, shards and settings. Nothing in a file is
+ever executed."""
 import json
 import pickle
 import zipfile
@@ -16,7 +17,8 @@ def safetensors():
     try:
         import safetensors.torch
     except ImportError as error:
-        raise WeightsError("reading .safetensors needs the package of this name: pip install safetensors") from error
+        raise WeightsError("reading .safetensors needs the package of this name: "
+                           "pip install safetensors") from error
     return safetensors.torch
 
 
@@ -28,7 +30,8 @@ def read_json(path):
             raise ValueError("not an object")
         return content
     except (OSError, ValueError) as error:
-        raise WeightsError(f"{path}: cannot be read ({error}); is the download complete?") from error
+        raise WeightsError(
+            f"{path}: cannot be read ({error}); is the download complete?") from error
 
 
 def read_tensors(path):
@@ -40,30 +43,36 @@ def read_tensors(path):
         package = safetensors()
         try:
             return package.load_file(path)
-        except Exception as error:                                # SafetensorError is not a public name everywhere
-            raise WeightsError(f"{path}: not a safetensors file, or cut off ({error}); download it again") from error
+        except Exception as error:          # SafetensorError is not a public name everywhere
+            raise WeightsError(f"{path}: not a safetensors file, or cut off ({error}); "
+                               "download it again") from error
 
     class Harmless:
-        """Stands for what old checkpoints hold beside their tensors and nobody needs: a callback's name, numbers of numpy."""
+        """Stands for what old checkpoints hold beside their tensors and nobody needs: a callback's
+        name, numbers of numpy."""
         def __init__(self, *content):
             pass
         __setstate__ = __init__
-    known = ("pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint", "numpy.core.multiarray.scalar",
-             "numpy._core.multiarray.scalar", "numpy.dtype")
+    known = ("pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint",
+             "numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar", "numpy.dtype")
     try:
         with torch.serialization.safe_globals([(Harmless, name) for name in known]):
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+            content = torch.load(path, map_location="cpu", weights_only=True,
+                                 mmap=zipfile.is_zipfile(path))
         content = content.get("state_dict", content)
     except pickle.UnpicklingError as error:
-        raise WeightsError(f"{path}: holds more than tensors, or is no checkpoint; nothing in it was run. Look for the same model as "
-                           f".safetensors ({str(error).splitlines()[0]})") from error
+        raise WeightsError(f"{path}: holds more than tensors, or is no checkpoint; nothing in it "
+                           "was run. Look for the same model as .safetensors "
+                           f"({str(error).splitlines()[0]})") from error
     except Exception as error:
-        raise WeightsError(f"{path}: not a checkpoint, or cut off ({error}); download it again") from error
+        raise WeightsError(f"{path}: not a checkpoint, or cut off ({error}); "
+                           "download it again") from error
     return {name: value for name, value in content.items() if torch.is_tensor(value)}
 
 
 def read_part(folder, variant=None):
-    """The tensors of one part (unet/, vae/, text_encoder/): .safetensors before .bin, shards before a whole file."""
+    """The tensors of one part (unet/, vae/, text_encoder/): .safetensors before .bin, shards before
+    a whole file."""
     mark, stem = f".{variant}" if variant else "", "diffusion_pytorch_model"
     if not any(folder.glob(f"{stem}*")):
         stem = "model" if any(folder.glob("model*.safetensors*")) else "pytorch_model"
@@ -73,20 +82,26 @@ def read_part(folder, variant=None):
             return read_shards(index)
         if whole.is_file():
             return read_tensors(whole)
-    found = sorted(file.name for file in folder.glob("*") if file.suffix in (".safetensors", ".bin"))
-    raise WeightsError(f"{folder}: no {stem}{mark}.safetensors or .bin" + (f"; there is {', '.join(found)}: name the part between the "
-                       f"dots as --variant, for example fp16" if found else "; is the download complete?"))
+    found = sorted(file.name for file in folder.glob("*")
+                   if file.suffix in (".safetensors", ".bin"))
+    raise WeightsError(
+        f"{folder}: no {stem}{mark}.safetensors or .bin"
+        + (f"; there is {', '.join(found)}: name the part between the dots as --variant, for "
+           "example fp16" if found else "; is the download complete?"))
 
 
 def read_shards(index):
     """An index file {"weight_map": {name: file}} -> the tensors of all its shards."""
     places, state = read_json(index).get("weight_map"), {}
-    if not isinstance(places, dict) or any(Path(str(file)).name != file for file in places.values()):
-        raise WeightsError(f"{index}: not an index of shards, or a shard lies in another folder; download it again")
+    if (not isinstance(places, dict)
+            or any(Path(str(file)).name != file for file in places.values())):
+        raise WeightsError(f"{index}: not an index of shards, or a shard lies in another folder; "
+                           "download it again")
     for file in sorted(set(places.values())):
         shard = read_tensors(index.parent / file)
         lost = [name for name, place in places.items() if place == file and name not in shard]
         if lost:
-            raise WeightsError(f"{index}: {lost[0]} should be in {file} and is not; index and shards are of different downloads")
+            raise WeightsError(f"{index}: {lost[0]} should be in {file} and is not; index and "
+                               "shards are of different downloads")
         state |= shard
     return state

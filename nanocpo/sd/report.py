@@ -1,110 +1,126 @@
-"""What can honestly be said about pictures that no exact critic can judge: how `train_cpo.py --weights` ends.
+"""What can honestly be said about pictures that no exact critic can judge: how `train_cpo.py \
+--weights` ends.
 
-    errors      of the prediction on held-out pictures, per timestep bin: base and target under the plain caption,
-                base and auxiliary told the attributes
-    cpo         the log of stage 2 on held-out pictures: does the preference hold where it was not trained?
-    log_ratio   the auxiliary's opinion of sampled pictures: likelier with the positive or with the negative attributes?
-    report.png  base above target, each column with one caption and one noise: somebody has to look
+    errors      of the prediction on held-out pictures, per timestep bin: base and target under
+                the plain caption, base and auxiliary told the attributes
+    cpo         the log of stage 2 on held-out pictures: does the preference hold where it was
+                not trained?
+    log_ratio   the auxiliary's opinion of sampled pictures: likelier with the positive or with
+                the negative attributes?
+    report.png  base above target, each column with one caption and one noise: somebody has to
+                look
 
-The target was trained to please this auxiliary: a log_ratio that grows says that stage 2 did its work, not that people
-like the pictures. `agreement` is the share of held-out pictures where the auxiliary prefers the annotation to its
-opposite; near 0.5 its opinion is noise.
+The target was trained to please this auxiliary: a log_ratio that grows says that stage 2 did its
+work, not that people like the pictures. `agreement` is the share of held-out pictures where the
+auxiliary prefers the annotation to its opposite; near 0.5 its opinion is noise.
 """
-import json
-from pathlib import Path
-
 import numpy as np
 import torch
 
-from ..data import SPLITS, to_images
-from ..evaluate import interval, report_stem
-from ..grid import save_grid
+from ..data import SPLITS, Batch, to_images
 from ..losses import sft_loss
-from ..model import whole_file
-from ..train import BINS, noised, summarize
+from ..method import add_noise
+from ..train import BINS, summarize
+from ..utils.report import interval, write_report
 
-PICTURES, PAIRS = 32, 8                     # held-out pictures that are measured, pairs in the PNG: at most
+PICTURES, PAIRS = 32, 8             # held-out pictures that are measured, pairs in the PNG: at most
 
 
 def held_out(data):
-    """The first pictures of the validation and test parts together: nothing is chosen by either here."""
+    """The first pictures of the validation and test parts together: nothing is chosen by
+    either here."""
     parts = (*SPLITS["validation"], *SPLITS["test"])
     return data.take([i for i in range(len(data)) if i % 10 in parts][:PICTURES])
 
 
-def errors(model, pictures, *prompts, seed=0):
-    """How well K prompts explain each picture: array (N, BINS, K) of |prediction - goal|^2, one t in the middle of each bin.
+def errors(model, latents, *prompts, seed=0):
+    """How well K prompts explain each picture: array (N, BINS, K) of |prediction - goal|^2, one t
+    in the middle of each bin.
 
-    pictures: N of (3, H, W) in [-1, 1], or latents; prompts: K lists of N Prompts. The K share the noise, which depends
-    on the seed and the shapes before: so do two models that are asked about the same pictures."""
+    latents: of N pictures, (4, h, w) each; prompts: K lists of N Prompts. The K share the noise,
+    which depends on the seed and the shapes before: so do two models that are asked about the same
+    pictures."""
     generator, steps, out = torch.Generator().manual_seed(seed), model.diffusion.steps, []
-    for picture, *asked in zip(pictures, *prompts):
+    for x0, *asked in zip(latents, *prompts):
         tokens = model.text.tokens(asked)
         for i in range(BINS):
-            t = torch.tensor([(2 * i + 1) * steps // (2 * BINS)])
-            xt, t, _, goal = noised(model, picture[None], generator, t)
+            t = torch.tensor([(2 * i + 1) * steps // (2 * BINS)]).to(model.device)
+            xt, x0_, noise = add_noise(model, Batch([], None, latents=x0[None]), t, generator)
+            goal = model.diffusion.goal(x0_, t, noise)
             prediction = model(torch.cat([xt] * len(asked)), torch.cat([t] * len(asked)), tokens)
             out.append(sft_loss(prediction, goal.expand_as(prediction))[1]["loss"].cpu())
     return torch.stack(out).double().view(-1, BINS, len(prompts)).numpy()
 
 
 def log_ratio(each):
-    """errors() of the auxiliary under (positive, negative) prompts -> log p(positive | x) - log p(negative | x): (N,).
+    """errors() of the auxiliary under (positive, negative) prompts ->
+    log p(positive | x) - log p(negative | x): (N,).
 
-    |z_lose - e|^2 - |z_win - e|^2, e the added noise (or v), is the mean over the timesteps with equal weights, as in
-    diffusion classifiers (2303.16203). Its unit is the error's; to read the reward (E3) off whole pictures so is ours."""
+    |z_lose - e|^2 - |z_win - e|^2, e the added noise (or v), is the mean over the timesteps with
+    equal weights, as in diffusion classifiers (2303.16203). Its unit is the error's; to read the
+    reward (E3) off whole pictures so is ours."""
     return (each[..., 1] - each[..., 0]).mean(1)
 
 
 def on_held_out(held, seed, base, auxiliary, target, cpo_step, batch):
-    """The report's part on held-out pictures (at least one): errors, and with an auxiliary its agreement and the log."""
-    told, plain, wrong = ([held.criteria.prompt(c, sign * a) for c, a in zip(held.captions, held.annotations)]
+    """The report's part on held-out pictures (at least one): errors, and with an auxiliary its
+    agreement and the log."""
+    told, plain, wrong = ([held.criteria.prompt(c, sign * a)
+                           for c, a in zip(held.captions, held.annotations)]
                           for sign in (1, 0, -1))
     of_base = errors(base, held.images, plain, told, seed=seed)
-    of_target = errors(target, held.images, plain, told, seed=seed)         # in batches like the base's: the same rounding
+    # in batches like the base's: the same rounding
+    of_target = errors(target, held.images, plain, told, seed=seed)
     found = {"base": of_base[..., 0], "target": of_target[..., 0], "base_told": of_base[..., 1]}
     result = {}
     if auxiliary:
-        both, judged = errors(auxiliary, held.images, told, wrong, seed=seed), held.annotations.any(1)
+        both, judged = (errors(auxiliary, held.images, told, wrong, seed=seed),
+                        held.annotations.any(1))
         found["auxiliary_told"] = both[..., 0]
         result["agreement"] = float((log_ratio(both)[judged] > 0).mean()) if judged.any() else None
         generator = torch.Generator().manual_seed(seed)
         steps = [cpo_step(target, generator) for _ in range(-(-BINS * len(held) // batch))]
         result["cpo"] = summarize([(t, logs) for _, logs, t in steps], base.diffusion.steps)
-    return {"errors": {name: {"mean": float(x.mean()), "per_t": x.mean(0).tolist()} for name, x in found.items()}} | result
+    return {"errors": {name: {"mean": float(x.mean()), "per_t": x.mean(0).tolist()}
+                       for name, x in found.items()}} | result
 
 
 @torch.no_grad()
-def report(args, held, base, auxiliary, target, columns, cpo_step=None):
-    """Write OUT/report.json and report.png (report_NAME if the target has another --name), print the table; returns the
-    report.
+def report(settings, held, base, auxiliary, target, columns, cpo_step=None):
+    """Write OUT/report.json and report.png (report_NAME if the target has another --name), print
+    the table; returns the report.
 
-    held: the held-out pictures; a folder of fewer than nine has none: then only samples are measured. columns: the leaves that
-    were aligned on; cpo_step: stage 2's loss step on held-out pictures. auxiliary None: what needs one is left out."""
-    criteria = held.criteria
-    result = {"about": __doc__.split("\n")[0], "held_out": len(held), "samples": args.samples, "seed": args.seed,
-              "guidance": args.guidance, "sampling_steps": args.sampling_steps, "errors": {}}
+    settings: all of them; held: the held-out pictures; a folder of fewer than nine has none: then
+    only samples are measured. columns: the leaves that were aligned on; cpo_step: stage 2's loss
+    step on held-out pictures. auxiliary None: what needs one is left out."""
+    criteria, common, how = held.criteria, settings.common, settings.report
+    result = {"about": __doc__.split("\n")[0], "held_out": len(held), "samples": how.samples,
+              "seed": common.seed, "guidance": how.guidance,
+              "sampling_steps": how.sampling_steps, "errors": {}}
     if len(held):
-        result |= on_held_out(held, args.seed, base, auxiliary, target, cpo_step, args.batch)
+        result |= on_held_out(held, common.seed, base, auxiliary, target, cpo_step, common.batch)
 
     known, pictures = sorted(set(held.captions)) or base.captions, {}
-    captions = [known[i % len(known)] for i in range(args.samples)]
+    captions = [known[i % len(known)] for i in range(how.samples)]
     for name, model in (("base", base), ("target", target)):
-        images = model.sample(captions, guidance=args.guidance, steps=args.sampling_steps, seed=args.seed)
+        images = model.sample(captions, guidance=how.guidance, steps=how.sampling_steps,
+                              seed=common.seed)
         pictures[name] = images.clamp(-1, 1)
     if auxiliary:
         chosen = np.isin(np.arange(len(criteria)), columns).astype(np.int8)
         sides = [[criteria.prompt(c, sign * chosen) for c in captions] for sign in (1, -1)]
-        ratios = {name: log_ratio(errors(auxiliary, some, *sides, seed=args.seed)) for name, some in pictures.items()}
-        ratios["difference"] = ratios["target"] - ratios["base"]           # in pairs: caption and noises are the same
-        result["log_ratio"] = {name: dict(zip(("mean", "ci"), interval(values))) for name, values in ratios.items()}
+        encode = auxiliary.latents.encode
+        ratios = {name: log_ratio(errors(auxiliary, [encode(x[None])[0] for x in some], *sides,
+                                         seed=common.seed))
+                  for name, some in pictures.items()}
+        # in pairs: caption and noises are the same
+        ratios["difference"] = ratios["target"] - ratios["base"]
+        result["log_ratio"] = {name: dict(zip(("mean", "ci"), interval(values)))
+                               for name, values in ratios.items()}
 
-    stem = report_stem(args.name)
-    with whole_file(Path(args.out) / f"{stem}.json") as temporary:
-        temporary.write_text(json.dumps(result, indent=1))
-    images = np.concatenate([to_images(some[:PAIRS]) for some in pictures.values()])
-    save_grid(Path(args.out) / f"{stem}.png", images, captions[:PAIRS] * 2, columns=len(captions[:PAIRS]), zoom=1,
-              titles=["base", f"{args.name}: the same captions and noise"])
+    first, second = (to_images(some[:PAIRS]) for some in pictures.values())
+    write_report(common.out, settings.cpo.name, result, first, second, captions[:PAIRS], zoom=1,
+                 alike="captions and noise")
     print(table(result))
     return result
 
@@ -114,10 +130,12 @@ def table(result):
     lines = [f"no exact critic exists for these pictures; {result['held_out']} held-out pictures, "
              f"{result['samples']} sampled pairs"]
     for name, row in result["errors"].items():
-        lines.append(f"error, {name:15} {row['mean']:.4f}; per t " + " ".join(f"{x:.3f}" for x in row["per_t"]))
+        lines.append(f"error, {name:15} {row['mean']:.4f}; per t "
+                     + " ".join(f"{x:.3f}" for x in row["per_t"]))
     if "cpo" in result:
         shown = ("margin", "accuracy", "winner", "winner_ref", "loser", "loser_ref")
-        lines.append("stage 2, held out: " + ", ".join(f"{key} {result['cpo'][key]}" for key in shown))
+        lines.append("stage 2, held out: "
+                     + ", ".join(f"{key} {result['cpo'][key]}" for key in shown))
         lines.append(f"the auxiliary agrees with {result['agreement']} of the held-out annotations")
     for name, row in result.get("log_ratio", {}).items():
         low, high = row["ci"]

@@ -1,7 +1,8 @@
-"""CLIP's byte-pair tokenizer, from the files that come with the weights: tokenizer.json, or merges.txt (and vocab.json).
+"""CLIP's byte-pair tokenizer, from the files that come with the weights: tokenizer.json, or
+merges.txt (and vocab.json).
 
-Text -> NFC, lower case -> words -> bytes -> merged pairs -> [BOS] ids [EOS] padding. It agrees with the tokenizers library but for code
-points that the running Python's Unicode tables do not know yet.
+Text -> NFC, lower case -> words -> bytes -> merged pairs -> [BOS] ids [EOS] padding. It agrees with
+the tokenizers library but for code points that the running Python's Unicode tables do not know yet.
 """
 import re
 import unicodedata
@@ -14,16 +15,20 @@ BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 
 
 def byte_letters():
-    """{byte: printable letter}: GPT-2's table. Printable bytes stand for themselves, the others for letters from U+0100 on."""
+    """{byte: printable letter}: GPT-2's table. Printable bytes stand for themselves, the others for
+    letters from U+0100 on."""
     plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
     rest = [byte for byte in range(256) if byte not in plain]
     return {byte: chr(byte) for byte in plain} | {byte: chr(256 + i) for i, byte in enumerate(rest)}
 
 
 def words(text):
-    """Split at spaces; contractions, runs of letters, single numbers and runs of anything else are words of their own."""
-    # Python's re knows no classes of characters as Unicode's L and N: one letter for each class, but those of contractions stay
-    kind = lambda c: c if c in "'strevmld" else " " if c.isspace() else {"L": "L", "N": "N"}.get(unicodedata.category(c)[0], ".")
+    """Split at spaces; contractions, runs of letters, single numbers and runs of anything else are
+    words of their own."""
+    # Python's re knows no classes of characters as Unicode's L and N: one letter for each class,
+    # but those of contractions stay
+    kind = (lambda c: c if c in "'strevmld" else " " if c.isspace()
+            else {"L": "L", "N": "N"}.get(unicodedata.category(c)[0], "."))
     found = re.finditer(r"'(?:s|t|re|ve|m|ll|d)|[Lstrevmld]+|N|['.]+", "".join(map(kind, text)))
     return [text[word.start():word.end()] for word in found]
 
@@ -32,54 +37,64 @@ class Tokenizer:
     """`tokenizer(text)` -> 77 ids; `tokenizer.encode(text)` -> the ids of the text alone."""
 
     def __init__(self, merges, vocabulary=None, pad=EOS, length=77):
-        """merges: pairs in the order of their rank. vocabulary {token: id}; None derives it: bytes, bytes that end a word, merges."""
+        """merges: pairs in the order of their rank. vocabulary {token: id}; None derives it: bytes,
+        bytes that end a word, merges."""
         self.letters = byte_letters()
         if vocabulary is None:
-            tokens = [*self.letters.values(), *(c + "</w>" for c in self.letters.values()), *map("".join, merges), BOS, EOS]
+            tokens = [*self.letters.values(), *(c + "</w>" for c in self.letters.values()),
+                      *map("".join, merges), BOS, EOS]
             vocabulary = {token: i for i, token in enumerate(tokens)}
         missing = [token for token in (BOS, EOS, pad) if token not in vocabulary]
         if missing:
-            raise WeightsError(f"the tokenizer's vocabulary has no {', '.join(missing)}: it is not CLIP's")
+            raise WeightsError(f"the tokenizer's vocabulary has no {', '.join(missing)}: "
+                               "it is not CLIP's")
         self.vocabulary, self.length, self.pad = vocabulary, length, vocabulary[pad]
         self.rank = {tuple(pair): i for i, pair in enumerate(merges)}
-        self.special = re.compile("(" + "|".join(map(re.escape, {BOS, EOS, pad})) + ")")      # with pad "!" every "!" is a pad
+        # with pad "!" every "!" is a pad
+        self.special = re.compile("(" + "|".join(map(re.escape, {BOS, EOS, pad})) + ")")
         self.word_ids = lru_cache(maxsize=50000)(self._word_ids)
 
     @classmethod
     def load(cls, path, pad=None):
-        """From a folder (tokenizer/ of a diffusers folder), a tokenizer.json or a merges.txt. pad None: as the settings there say."""
+        """From a folder (tokenizer/ of a diffusers folder), a tokenizer.json or a merges.txt.
+        pad None: as the settings there say."""
         path = Path(path)
         folder = path if path.is_dir() else path.parent
         files = [folder / "merges.txt", folder / "tokenizer.json"] if path.is_dir() else [path]
         path = next((file for file in files if file.is_file()), None)
         if path is None:
-            raise WeightsError(f"no tokenizer in {' or '.join(map(str, files))}; give --tokenizer, a folder with merges.txt or tokenizer.json "
-                               "(any repository of Stable Diffusion has one)")
+            raise WeightsError(f"no tokenizer in {' or '.join(map(str, files))}; give --tokenizer, "
+                               "a folder with merges.txt or tokenizer.json (any repository of "
+                               "Stable Diffusion has one)")
         vocabulary = None
         try:
             if path.suffix == ".json":
                 content = read_json(path)
                 vocabulary, merges = content["model"]["vocab"], content["model"]["merges"]
-                vocabulary |= {token["content"]: token["id"] for token in content.get("added_tokens", [])}
+                vocabulary |= {token["content"]: token["id"]
+                               for token in content.get("added_tokens", [])}
                 merges = [pair.split(" ") if isinstance(pair, str) else pair for pair in merges]
             else:
                 lines = path.read_text(encoding="utf-8").split("\n")
-                lines = lines[1:] if lines[0].startswith("#version") else lines               # a merge may begin with # too
+                # a merge may begin with # too
+                lines = lines[1:] if lines[0].startswith("#version") else lines
                 merges = [line.split(" ") for line in lines if line.strip()]
                 if (folder / "vocab.json").is_file():
                     vocabulary = read_json(folder / "vocab.json")
             if any(len(pair) != 2 for pair in merges):
                 raise ValueError("a merge is two tokens with a space between")
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise WeightsError(f"{path}: cannot be read as a tokenizer ({type(error).__name__}: {error})") from error
-        for name in ("special_tokens_map.json", "tokenizer_config.json"):                     # the first has the say
+            raise WeightsError(f"{path}: cannot be read as a tokenizer "
+                               f"({type(error).__name__}: {error})") from error
+        for name in ("special_tokens_map.json", "tokenizer_config.json"):  # the first has the say
             if pad is None and (folder / name).is_file():
                 pad = read_json(folder / name).get("pad_token")
                 pad = pad["content"] if isinstance(pad, dict) else pad
         return cls(merges, vocabulary, pad or EOS)
 
     def _word_ids(self, word):
-        """One word -> its ids: the pair of lowest rank is merged, wherever it stands, until no known pair is left."""
+        """One word -> its ids: the pair of lowest rank is merged, wherever it stands, until no
+        known pair is left."""
         parts = [self.letters[byte] for byte in word.encode("utf-8")]
         parts[-1] += "</w>"
         while len(parts) > 1:
@@ -92,7 +107,8 @@ class Tokenizer:
                 merged.append("".join(pair) if both else parts[i])
                 i += 1 + both
             parts = merged
-        return [self.vocabulary.get(part, self.vocabulary[EOS]) for part in parts]            # unknown: only in cut-down vocabularies
+        # unknown: only in cut-down vocabularies
+        return [self.vocabulary.get(part, self.vocabulary[EOS]) for part in parts]
 
     def encode(self, text):
         """Text -> ids, without BOS, EOS and padding, and of any length."""
@@ -101,7 +117,8 @@ class Tokenizer:
             if i % 2:
                 ids.append(self.vocabulary[part])
                 continue
-            # lower case letter by letter: of a whole string, Python gives a sigma at the end of a word another form
+            # lower case letter by letter: of a whole string, Python gives a sigma at the end of a
+            # word another form
             for word in words("".join(c.lower() for c in unicodedata.normalize("NFC", part))):
                 ids += self.word_ids(word)
         return ids

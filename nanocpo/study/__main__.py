@@ -1,5 +1,5 @@
 """python -m nanocpo.study NAME (see studies.py)."""
-from ..cli import command
+from ..utils.cli import command
 from .studies import main
 
 if __name__ == "__main__":                  # not in the processes of --jobs, which import this file

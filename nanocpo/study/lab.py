@@ -1,8 +1,10 @@
-"""The laboratory of studies.py: one *run* is one trained and measured model (or one measurement), kept in a file of its own.
+"""The laboratory of studies.py: one *run* is one trained and measured model (or one measurement),
+kept in a file of its own.
 
-Each run leaves OUT/study/NAME/KEY.json (and a grid of pictures beside it) and is never repeated. Base, auxiliary and data are those
-of --seed; a run has its own training and sampling seed.
+Each run leaves OUT/study/NAME/KEY.json (and a grid of pictures beside it) and is never repeated.
+Base, auxiliary and data are those of --seed; a run has its own training and sampling seed.
 """
+import argparse
 import json
 import multiprocessing
 import os
@@ -15,18 +17,15 @@ import numpy as np
 import torch
 from torch import nn
 
-from train_cpo import align, cpo_step
-from train_sft import ensure_models, train_auxiliary
-
-from ..evaluate import evaluate
-from ..grid import save_grid
 from ..losses import RULES
-from ..model import fingerprint, whole_file
-from ..muon import Muon
-from ..train import changed, load_data, summarize
-
-# One strength a rule, where nothing is searched.
-STRENGTH = {"none": 1.0, "winner": 0.0, "constant": 0.55, "safeguard": 0.2, "balance": 0.85, "clamped": 0.85}
+from ..run.settings import TOY, flat, record
+from ..run.stages import alignment_step, ready_auxiliary, stage_1, stage_2
+from ..toy.evaluate import evaluate
+from ..toy.world import Toy
+from ..train import summarize
+from ..utils.checkpoint import save_json, use_again
+from ..utils.grid import save_grid
+from ..utils.muon import Muon
 
 # Of the gap study. Their learning rates do not matter: `step_effect` sets the length of the step.
 OPTIMIZERS = {
@@ -37,80 +36,97 @@ OPTIMIZERS = {
 }
 
 
+def changed(args, **overrides):
+    """The flags with some of them replaced."""
+    return argparse.Namespace(**vars(args) | overrides)
+
+
+def settings_of(args):
+    """The flags that are settings of the two stages, as Settings."""
+    return TOY.changed(**vars(args))
+
+
 class Lab:
-    """The data and models of one --out folder, loaded when first needed, and the runs made with them."""
+    """The data and models of one --out folder, loaded when first needed, and the runs made
+    with them."""
 
     def __init__(self, args):
         self.args = args
 
     @cached_property
+    def world(self):
+        return Toy(settings_of(self.args))
+
+    @property
     def data(self):
-        return load_data(self.args)
+        return self.world.data
 
     @cached_property
     def models(self):
-        base, auxiliary = ensure_models(self.args, self.data)
-        return {"base": base, "auxiliary": auxiliary}
+        return dict(zip(("base", "auxiliary"), stage_1(self.world)))
 
     @cached_property
     def sources(self):
         """Digests of the data and models that every run starts from."""
-        return {"pictures": self.data.digest()} | {f"{name} model": fingerprint(model) for name, model in self.models.items()}
+        return ({"pictures": self.data.digest()}
+                | {f"{name} model": model.digest() for name, model in self.models.items()})
 
     def taught(self, args):
-        """(data, auxiliary) of a run: the folder's, or, if the run names these shares, as if experts had judged only args.judged of
-        the leaves, and args.wrong of their verdicts were wrong."""
+        """(data, auxiliary) of a run: the folder's, or, if the run names these shares, as if
+        experts had judged only args.judged of the leaves, and args.wrong of their verdicts
+        were wrong."""
         if "judged" not in args:
             return self.data, self.models["auxiliary"]
         folder = Path(self.args.out) / "study" / f"auxiliary_{args.judged}_{args.wrong}"
         data = degrade(self.data, args.judged, args.wrong, self.args.seed)
-        auxiliary, _ = train_auxiliary(changed(self.args, out=str(folder), sample_every=0, resume=True), data, self.models["base"])
-        return data, auxiliary                                    # resumed: a finished one is only checked and read
+        settings = settings_of(changed(self.args, out=str(folder), sample_every=0, resume=True))
+        return data, ready_auxiliary(Toy(settings, data), self.models["base"])
 
     def run(self, runs):
-        """[(key, kind, overrides of the flags)], independent of one another -> their results, made where no file has them yet.
+        """[(key, kind, overrides of the flags)], independent of one another -> their results, made
+        where no file has them yet.
 
-        With --jobs over 1 they are shared among processes. A file made with other settings is an error, not a result."""
+        With --jobs over 1 they are shared among processes. A file made with other settings is an
+        error, not a result."""
         missing = [run for run in runs if not self.path(run[0]).exists()]
         for number, run in enumerate(missing if self.args.jobs == 1 else [], 1):
             print(f"{self.args.study}: run {number} of {len(missing)}, {run[0]}", flush=True)
             self.make(run)
         if missing and self.args.jobs > 1:
-            self.models                                            # train what is missing once, before the processes start
+            self.models                     # train what is missing once, before the processes start
             threads = max(1, (os.cpu_count() or 1) // self.args.jobs)
-            with multiprocessing.get_context("spawn").Pool(self.args.jobs, torch.set_num_threads, [threads]) as pool:
+            with multiprocessing.get_context("spawn").Pool(
+                    self.args.jobs, torch.set_num_threads, [threads]) as pool:
                 pool.starmap(make_in_process, [(self.args, run) for run in missing], chunksize=1)
         return [self.read(run) for run in runs]
 
     def path(self, key):
         return Path(self.args.out) / "study" / self.args.study / f"{key}.json"
 
-    def settings(self, run):
+    def made_of(self, run):
         """All that decides a run's result, to tell whether a file still answers the question."""
-        flags = vars(changed(self.args, **run[2])) | self.sources
-        unrelated = {"study", "out", "results", "jobs", "seeds", "validation", "only", "resume", "save_every", "sample_every", "device",
-                     "name", "search_samples", "curve_samples", "batches", "step_size", "world_steps"} - set(run[2])
-        return {"kind": run[1]} | {k: v for k, v in sorted(flags.items()) if k not in unrelated}
+        key, kind, overrides = run
+        settings = settings_of(changed(self.args, **overrides))
+        own = {name: value for name, value in overrides.items() if name not in flat(settings)}
+        parts = settings.common, settings.sft, settings.cpo, settings.report
+        return {"kind": kind} | record(*parts) | own | self.sources
 
     def read(self, run):
         result = json.loads(self.path(run[0]).read_text(encoding="utf-8"))
-        was, now = result["settings"], json.loads(json.dumps(self.settings(run)))
-        if was != now:
-            different = sorted(k for k in was | now if was.get(k) != now.get(k))
-            raise ValueError(f"{self.path(run[0])} was made with other settings ({', '.join(different)}); delete it or choose "
-                             "another --out")
+        use_again(self.path(run[0]), result.get("made_of"), self.made_of(run),
+                  cure="delete it or choose another --out")
         return result
 
     def make(self, run):
         """Do one run and write its file, whole or not at all."""
         key, kind, overrides = run
         path = self.path(key)
-        args = changed(self.args, **overrides, out=str(path.parent), name=key, resume=True, sample_every=0)
+        args = changed(self.args, **overrides, out=str(path.parent), name=key, resume=True,
+                       sample_every=0)
         path.parent.mkdir(parents=True, exist_ok=True)
         start = time.time()
-        result = {"key": key, "settings": self.settings(run)} | KINDS[kind](self, args) | {"wall": round(time.time() - start, 1)}
-        with whole_file(path) as temporary:
-            temporary.write_text(json.dumps(result, indent=1), encoding="utf-8")
+        save_json(path, {"key": key, "made_of": self.made_of(run)} | KINDS[kind](self, args)
+                  | {"wall": round(time.time() - start, 1)})
 
 
 def make_in_process(args, run):
@@ -120,7 +136,8 @@ def make_in_process(args, run):
 
 def measured(lab, args, model, kind="plain"):
     """The report's row for a model, and a grid of its first pictures beside the run's file."""
-    report, pictures = evaluate({"row": (model, kind)}, args.samples, args.seed, args.sampling_steps, args.guidance)
+    report, pictures = evaluate({"row": (model, kind)}, args.samples, args.seed,
+                                args.sampling_steps, args.guidance)
     save_grid(Path(args.out) / f"{args.name}.png", pictures["row"][:16], columns=8, zoom=3)
     return report["rows"]["row"] | {"real_diversity": report["real_positive"]["diversity"]}
 
@@ -131,20 +148,28 @@ def sample_run(lab, args):
     return {"row": measured(lab, args, model, args.prompt), "seconds": 0, "images": 0}
 
 
+def align(lab, args, data, auxiliary, watch=None):
+    """Stage 2 as these flags say, from the lab's base; see stages.stage_2."""
+    return stage_2(Toy(settings_of(args), data), lab.models["base"], auxiliary, watch)
+
+
 def align_run(lab, args):
     """Stage 2, then its row. Images seen: a pair of Diffusion-DPO is two."""
     data, auxiliary = lab.taught(args)
-    target, line = align(args, data, lab.models["base"], auxiliary)
+    target, line = align(lab, args, data, auxiliary)
     checkpoint = Path(args.out) / f"{args.name}.pt"
-    result = {"row": measured(lab, args, target), "seconds": line["seconds"],       # the log's: a resumed run counts on
-              "images": args.steps * args.batch * args.accumulate * (2 if args.method == "dpo" else 1),
+    result = {"row": measured(lab, args, target),
+              "seconds": line["seconds"],           # the log's: a resumed run counts on
+              "images": (args.steps * args.batch * args.accumulate
+                         * (2 if args.method == "dpo" else 1)),
               "log": {k: v for k, v in line.items() if k != "per_t"}}
-    checkpoint.unlink()                                           # the numbers and the pictures stay, tens of megabytes do not
+    checkpoint.unlink()             # the numbers and the pictures stay, tens of megabytes do not
     return result
 
 
 def curve_run(lab, args):
-    """Stage 2, measured every args.every steps; never resumed, for the points before would be lost."""
+    """Stage 2, measured every args.every steps; never resumed, for the points before would
+    be lost."""
     curve, start, spent = [], time.time(), 0.0
 
     def watch(average, step):
@@ -154,7 +179,8 @@ def curve_run(lab, args):
         curve.append({"step": step, "seconds": round(now - start - spent, 1)}
                      | {key: row[key] for key in ("neg", "caption", "diversity", "frechet")})
         spent += time.time() - now                                # measuring is not training
-    align(changed(args, sample_every=args.every, resume=False), lab.data, lab.models["base"], lab.models["auxiliary"], watch)
+    align(lab, changed(args, sample_every=args.every, resume=False), lab.data,
+          lab.models["auxiliary"], watch)
     (Path(args.out) / f"{args.name}.pt").unlink()
     return {"curve": curve}
 
@@ -167,22 +193,26 @@ def auxiliary_run(lab, args):
 
 
 def degrade(data, judged, wrong, seed=0):
-    """Paintings of which only this share of all leaves is judged, and this share of the verdicts says the opposite (ours)."""
+    """Paintings of which only this share of all leaves is judged, and this share of the verdicts
+    says the opposite (ours)."""
     rng = np.random.default_rng((seed, 7))
     now = float((data.annotations != 0).mean())
     if judged > now + 0.02:
         raise ValueError(f"only {now:.2f} of the leaves are judged in this data, not {judged}")
-    keep, flip = rng.random(data.annotations.shape) * now < judged, rng.random(data.annotations.shape) < wrong
-    return replace(data, annotations=(np.where(keep, data.annotations, 0) * np.where(flip, -1, 1)).astype(np.int8))
+    keep, flip = (rng.random(data.annotations.shape) * now < judged,
+                  rng.random(data.annotations.shape) < wrong)
+    return replace(data, annotations=(np.where(keep, data.annotations, 0)
+                                      * np.where(flip, -1, 1)).astype(np.int8))
 
 
 class FreeOutputs(nn.Module):
-    """Stands in for a model as if every output were a parameter of its own: it answers first as the model does, and what an
-    optimizer then moves is the answer. On it the guarantees of docs/derivation.md must hold for every sample."""
+    """Stands in for a model as if every output were a parameter of its own: it answers first as the
+    model does, and what an optimizer then moves is the answer. On it the guarantees of
+    docs/derivation.md must hold for every sample."""
 
     def __init__(self, model):
         super().__init__()
-        self.model = (model,)                                     # in a tuple, so that its weights are not parameters of this
+        self.model = (model,)       # in a tuple, so that its weights are not parameters of this
         self.device, self.latents, self.diffusion = model.device, model.latents, model.diffusion
 
     @property
@@ -196,12 +226,13 @@ class FreeOutputs(nn.Module):
 
 
 def gap_run(lab, args):
-    """The gap per timestep bin for the three kinds of prompt pairs, and what one optimizer step does to the errors of its own batch."""
+    """The gap per timestep bin for the three kinds of prompt pairs, and what one optimizer step
+    does to the errors of its own batch."""
     base, auxiliary = lab.models["base"], lab.models["auxiliary"]
-    train, leaves = lab.data.split("train"), lab.data.criteria.columns()
-    gaps = {}
+    train, gaps = lab.data.split("train"), {}
     for pairs in ("own", "completed", "opposite"):
-        step, window = cpo_step(changed(args, pairs=pairs, lean=1.0), train, base, auxiliary, leaves), []
+        settings, window = settings_of(changed(args, pairs=pairs, lean=1.0)), []
+        step = alignment_step(settings, train, base, auxiliary)
         with torch.no_grad():
             for seed in range(args.batches):
                 _, logs, t = step(base, torch.Generator().manual_seed(seed))
@@ -209,23 +240,27 @@ def gap_run(lab, args):
         gaps[pairs] = summarize(window, base.diffusion.steps)["per_t"]["gap"]
     table = []
     for rule in RULES:
-        flags = changed(args, stabilizer=rule, strength=1.0 if rule in ("balance", "clamped") else STRENGTH[rule])
-        aligned, _ = align(changed(flags, name=f"gap_{rule}"), lab.data, base, auxiliary)
+        flags = changed(args, stabilizer=rule,
+                        strength=1.0 if rule in ("balance", "clamped") else RULES[rule].strength)
+        aligned, _ = align(lab, changed(flags, name=f"gap_{rule}"), lab.data, auxiliary)
         (Path(args.out) / f"gap_{rule}.pt").unlink()
-        step = cpo_step(flags, train, base, auxiliary, leaves)
+        step = alignment_step(settings_of(flags), train, base, auxiliary)
         for place, model in (("at the base", base), (f"after {args.steps} steps", aligned)):
             for optimizer in OPTIMIZERS:
                 table.append({"rule": rule, "place": place, "optimizer": optimizer}
-                             | step_effect(step, model, optimizer, args.step_size, args.batches, seed=10 ** 6))
+                             | step_effect(step, model, optimizer, args.step_size, args.batches,
+                                           seed=10 ** 6))
     return {"gaps": gaps, "effects": table}
 
 
 def step_effect(step, model, optimizer, size, batches, seed):
-    """Share of samples whose winner's error rose, and whose loser's error fell, when one step was taken on their batch. The step is
-    shortened or stretched to `size` times the norm of the weights (of the outputs), so that optimizers are compared in direction only."""
+    """Share of samples whose winner's error rose, and whose loser's error fell, when one step was
+    taken on their batch. The step is shortened or stretched to `size` times the norm of the weights
+    (of the outputs), so that optimizers are compared in direction only."""
     rose, fell, count = 0, 0, 0
     for i in range(batches):
-        moving = FreeOutputs(model) if optimizer == "free outputs" else model.frozen_copy().requires_grad_(True)
+        moving = (FreeOutputs(model) if optimizer == "free outputs"
+                  else model.frozen_copy().requires_grad_(True))
         generator = lambda: torch.Generator().manual_seed(seed + i)
         loss, before, _ = step(moving, generator())
         loss.backward()
@@ -233,14 +268,17 @@ def step_effect(step, model, optimizer, size, batches, seed):
         OPTIMIZERS[optimizer](moving).step()
         with torch.no_grad():
             norm = lambda tensors: sum(float(x.square().sum()) for x in tensors) ** 0.5
-            factor = size * norm(old) / max(norm([p - o for p, o in zip(moving.parameters(), old)]), 1e-12)
+            factor = size * norm(old) / max(
+                norm([p - o for p, o in zip(moving.parameters(), old)]), 1e-12)
             for p, o in zip(moving.parameters(), old):
                 p.copy_(o + factor * (p - o))
             after = step(moving, generator())[1]
-        rose += (after["winner"] > before["winner"] * (1 + 1e-6))[before["valid"]].sum().item()          # by more than rounding
+        # by more than rounding
+        rose += (after["winner"] > before["winner"] * (1 + 1e-6))[before["valid"]].sum().item()
         fell += (after["loser"] < before["loser"] * (1 - 1e-6))[before["valid"]].sum().item()
         count += int(before["valid"].sum())
     return {"winner rose": rose / count, "loser fell": fell / count, "samples": count}
 
 
-KINDS = {"sample": sample_run, "align": align_run, "curve": curve_run, "auxiliary": auxiliary_run, "gap": gap_run}
+KINDS = {"sample": sample_run, "align": align_run, "curve": curve_run, "auxiliary": auxiliary_run,
+         "gap": gap_run}

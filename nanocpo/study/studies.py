@@ -1,67 +1,82 @@
 """The experiments: one command per table or figure, resumable run by run.
 
-    python -m nanocpo.study world                                 # no training: what the theory looks like in the plane, a minute
-    python -m nanocpo.study methods                               # CPO against what it extends; needs (or trains) OUT/base.pt, auxiliary.pt
-    python -m nanocpo.study methods --data mixed --out out_mixed  # the other data regime
+    python -m nanocpo.study world
+        # no training: what the theory looks like in the plane, a minute
+    python -m nanocpo.study methods
+        # CPO against what it extends; needs (or trains) OUT/base.pt, auxiliary.pt
+    python -m nanocpo.study methods --data mixed --out out_mixed
+        # the other data regime
     python -m nanocpo.study speed | decoupling | annotation | gap | guidance
 
-A study is a list of runs (lab.py) and a table, a chart and a JSON file made of their results, in docs/results. Settings are
-chosen on validation seeds, by the rule in `choose` (decoupling: its own), and measured on fresh seeds; intervals are 95 % over seeds (Student's t).
+A study is a list of runs (lab.py) and a table, a chart and a JSON file made of their results, in
+docs/results. Settings are chosen on validation seeds, by the rule in `choose` (decoupling: its
+own), and measured on fresh seeds; intervals are 95 % over seeds (Student's t).
 """
-import argparse
 import json
 from pathlib import Path
 
 import numpy as np
 
-from train_cpo import add_cpo_arguments
-from train_sft import add_sft_arguments
-
-from ..cli import above
 from ..losses import RULES
-from ..train import BINS, add_common_arguments, changed
-from .lab import OPTIMIZERS, STRENGTH, Lab
+from ..run.flags import parse_training
+from ..train import BINS
+from ..utils.cli import above
+from .lab import OPTIMIZERS, Lab, changed
 from .plots import bar_chart, line_chart, matrix_chart
 
-# Every method's search: four settings. A first guess, another learning rate, another value of the method's own knob; and a fourth
-# where the best of these three lay at an edge.
-DPO_SETTINGS = [dict(lr=3e-4, beta=200.0), dict(lr=1e-4, beta=200.0), dict(lr=3e-4, beta=1000.0), dict(lr=5e-5, beta=200.0)]
+# Every method's search: four settings. A first guess, another learning rate, another value of the
+# method's own knob; and a fourth where the best of these three lay at an edge.
+DPO_SETTINGS = [dict(lr=3e-4, beta=200.0), dict(lr=1e-4, beta=200.0),
+                dict(lr=3e-4, beta=1000.0), dict(lr=5e-5, beta=200.0)]
 
 
 def _strengths(first, other, fourth):
-    return [dict(lr=6e-4, strength=first), dict(lr=3e-4, strength=first), dict(lr=6e-4, strength=other), dict(lr=6e-4, strength=fourth)]
+    return [dict(lr=6e-4, strength=first), dict(lr=3e-4, strength=first),
+            dict(lr=6e-4, strength=other), dict(lr=6e-4, strength=fourth)]
 
 
 METHODS = {
-    "SFT on the best": (dict(method="sft"), [dict(lr=6e-4, best=0.1), dict(lr=1.2e-3, best=0.1), dict(lr=6e-4, best=0.03),
-                                                 dict(lr=6e-4, best=0.01)]),
+    "SFT on the best": (dict(method="sft"), [dict(lr=6e-4, best=0.1), dict(lr=1.2e-3, best=0.1),
+                                             dict(lr=6e-4, best=0.03), dict(lr=6e-4, best=0.01)]),
     "Diffusion-DPO": (dict(method="dpo", stabilizer="none"), DPO_SETTINGS),
-    "Diffusion-DPO, safeguard": (dict(method="dpo", stabilizer="safeguard", strength=0.2), DPO_SETTINGS),
+    "Diffusion-DPO, safeguard": (dict(method="dpo", stabilizer="safeguard", strength=0.2),
+                                 DPO_SETTINGS),
     "guided target (ESD)": (dict(method="esd"), _strengths(0.55, 0.7, 0.4)),
-    "CPO none": (dict(stabilizer="none"), [dict(lr=6e-4), dict(lr=2e-4), dict(lr=6e-4, beta=100.0), dict(lr=5e-5)]),
-    "CPO winner": (dict(stabilizer="winner"), [dict(lr=6e-4), dict(lr=3e-4), dict(lr=1.2e-3), dict(lr=2.4e-3)]),
+    "CPO none": (dict(stabilizer="none"), [dict(lr=6e-4), dict(lr=2e-4),
+                                           dict(lr=6e-4, beta=100.0), dict(lr=5e-5)]),
+    "CPO winner": (dict(stabilizer="winner"), [dict(lr=6e-4), dict(lr=3e-4),
+                                               dict(lr=1.2e-3), dict(lr=2.4e-3)]),
     "CPO constant": (dict(stabilizer="constant"), _strengths(0.55, 0.7, 0.4)),
     "CPO safeguard": (dict(stabilizer="safeguard"), _strengths(0.2, 0.6, 0.4)),
     "CPO balance": (dict(stabilizer="balance"), _strengths(0.85, 0.6, 0.7)),
     "CPO clamped": (dict(stabilizer="clamped"), _strengths(0.85, 0.6, 0.7)),
 }
-SAMPLERS = {"base": ("base", "plain"), "auxiliary prompted": ("auxiliary", "prompted"), "auxiliary guided": ("auxiliary", "guided")}
-SPEED = {rule: dict(stabilizer=rule, strength=STRENGTH[rule]) for rule in RULES}
-SPEED["none, slower"] = dict(stabilizer="none", lr=5e-5)          # the rate at which vanilla does best (study methods)
-DOSES = {"k 0": 0.0, "k -0.05": -0.05, "k -0.1": -0.1}             # of decoupling: the target ends at z_win, or a little short of it (E12)
-LEVELS = {"as painted": {}}                                       # of annotation: shares of leaves judged (90 % as painted), of verdicts wrong
+SAMPLERS = {"base": ("base", "plain"), "auxiliary prompted": ("auxiliary", "prompted"),
+            "auxiliary guided": ("auxiliary", "guided")}
+SPEED = {rule: dict(stabilizer=rule, strength=RULES[rule].strength) for rule in RULES}
+# the rate at which vanilla does best (study methods)
+SPEED["none, slower"] = dict(stabilizer="none", lr=5e-5)
+# of decoupling: the target ends at z_win, or a little short of it (E12)
+DOSES = {"k 0": 0.0, "k -0.05": -0.05, "k -0.1": -0.1}
+# of annotation: shares of leaves judged (90 % as painted), of verdicts wrong
+LEVELS = {"as painted": {}}
 LEVELS |= {f"{share} % judged": dict(judged=share / 100, wrong=0.0) for share in (75, 50, 25, 10)}
 LEVELS |= {f"{share} % wrong": dict(judged=0.9, wrong=share / 100) for share in (5, 10, 20)}
-COLUMNS, HEADER = (("neg", 2), ("caption", 3), ("diversity", 3), ("frechet", 1)), ("#A_neg", "caption", "diversity", "Fréchet")
+COLUMNS, HEADER = ((("neg", 2), ("caption", 3), ("diversity", 3), ("frechet", 1)),
+                   ("#A_neg", "caption", "diversity", "Fréchet"))
 GUIDANCE = (1.0, 1.5, 2.0, 3.0, 4.0)
 
 
-# ---------------------------------------------------------------------------------------------------- numbers and text
+# --------------------------------------------------------------------------------- numbers and text
 
 def over_seeds(values):
-    """Mean and half of the 95 % interval over seeds, Student's t; a single seed has no interval (0)."""
-    quantile = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)[min(len(values) - 2, 8)] if len(values) > 1 else 0.0
-    return float(np.mean(values)), quantile * float(np.std(values, ddof=1)) / len(values) ** 0.5 if len(values) > 1 else 0.0
+    """Mean and half of the 95 % interval over seeds, Student's t; a single seed has no
+    interval (0)."""
+    quantile = ((12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)[min(len(values) - 2, 8)]
+                if len(values) > 1 else 0.0)
+    return (float(np.mean(values)),
+            (quantile * float(np.std(values, ddof=1)) / len(values) ** 0.5
+             if len(values) > 1 else 0.0))
 
 
 def written(values, digits=2):
@@ -71,8 +86,9 @@ def written(values, digits=2):
 
 
 def choose(results, base_caption):
-    """The rule, stated beforehand: of the settings whose caption accuracy is at most 0.02 below the base's, the one with the fewest
-    negative attributes; if none is, the one with the best caption accuracy. Returns its index."""
+    """The rule, stated beforehand: of the settings whose caption accuracy is at most 0.02 below the
+    base's, the one with the fewest negative attributes; if none is, the one with the best caption
+    accuracy. Returns its index."""
     fit = [i for i, r in enumerate(results) if r["row"]["caption"] >= base_caption - 0.02]
     best_caption = max(range(len(results)), key=lambda i: results[i]["row"]["caption"])
     return min(fit, key=lambda i: results[i]["row"]["neg"]) if fit else best_caption
@@ -80,22 +96,28 @@ def choose(results, base_caption):
 
 def markdown(header, rows):
     """A table in Markdown."""
-    return "\n".join("| " + " | ".join(map(str, row)) + " |" for row in (header, ["---"] * len(header), *rows))
+    return "\n".join("| " + " | ".join(map(str, row)) + " |"
+                     for row in (header, ["---"] * len(header), *rows))
 
 
 def publish(args, summary, *parts):
-    """docs/results/NAME.json and .md (NAME_mixed for another regime); returns the stem for the chart."""
+    """docs/results/NAME.json and .md (NAME_mixed for another regime); returns the stem for
+    the chart."""
     folder = Path(args.results)
     folder.mkdir(parents=True, exist_ok=True)
     stem = args.study if args.data == "flawed" else f"{args.study}_{Path(args.data).name}"
-    (folder / f"{stem}.json").write_text(json.dumps(summary, indent=1, ensure_ascii=False), encoding="utf-8")
+    (folder / f"{stem}.json").write_text(
+        json.dumps(summary, indent=1, ensure_ascii=False), encoding="utf-8")
     some = " --only " + " ".join(f'"{name}"' for name in args.only) if args.only else ""
     for flag, usual in (("seeds", [1, 2, 3]), ("validation", [101, 102])):
-        some += f" --{flag} {' '.join(map(str, vars(args)[flag]))}" if vars(args)[flag] != usual else ""
-    how = (f"`python -m nanocpo.study {args.study} --data {args.data}{some}`; {args.steps} steps of {args.batch} pictures, {args.samples} "
-           f"pictures a row, {args.sampling_steps} sampling steps, seeds {', '.join(map(str, args.seeds))} (95 % intervals over seeds, "
-           f"Student's t), base and auxiliary of seed {args.seed}.")
-    text = "\n\n".join([f"# {stem.replace('_', ', ')}", *parts, f"![chart]({stem}.png)", how]) + "\n"
+        some += (f" --{flag} {' '.join(map(str, vars(args)[flag]))}"
+                 if vars(args)[flag] != usual else "")
+    how = (f"`python -m nanocpo.study {args.study} --data {args.data}{some}`; "
+           f"{args.steps} steps of {args.batch} pictures, {args.samples} pictures a row, "
+           f"{args.sampling_steps} sampling steps, seeds {', '.join(map(str, args.seeds))} "
+           f"(95 % intervals over seeds, Student's t), base and auxiliary of seed {args.seed}.")
+    text = "\n\n".join([f"# {stem.replace('_', ', ')}", *parts,
+                        f"![chart]({stem}.png)", how]) + "\n"
     (folder / f"{stem}.md").write_text(text, encoding="utf-8")
     print("\n\n".join(parts))
     print(f"{folder / stem}.json, .md and .png written")
@@ -111,31 +133,42 @@ def chosen_rows(args, table):
     """The rows that --only names, or all."""
     wrong = set(args.only or []) - set(table)
     if wrong:
-        raise ValueError(f"--only {', '.join(sorted(wrong))}: no such row; there are: {', '.join(table)}")
+        raise ValueError(f"--only {', '.join(sorted(wrong))}: no such row; "
+                         f"there are: {', '.join(table)}")
     return {name: value for name, value in table.items() if not args.only or name in args.only}
 
 
-# ------------------------------------------------------------------------------------------------------------- studies
+# ------------------------------------------------------------------------------------------ studies
 
 def base_runs(seeds, **overrides):
     """The base model's row for each seed."""
-    return [(f"base_{seed}", "sample", dict(model="base", prompt="plain", seed=seed) | overrides) for seed in seeds]
+    return [(f"base_{seed}", "sample", dict(model="base", prompt="plain", seed=seed) | overrides)
+            for seed in seeds]
 
 
 def methods(lab):
-    """CPO with every stabilizer against what it extends: same base, same number of pictures seen, the same small search for each."""
+    """CPO with every stabilizer against what it extends: same base, same number of pictures seen,
+    the same small search for each."""
     args = lab.args
     search = dict(seed=args.validation[0], samples=args.search_samples)
-    base_caption = lab.run([("search_base", "sample", dict(model="base", prompt="plain") | search)])[0]["row"]["caption"]
+    base_caption = lab.run([("search_base", "sample", dict(model="base", prompt="plain") | search)
+                            ])[0]["row"]["caption"]
     rows = chosen_rows(args, METHODS)
-    half = {name: {"batch": args.batch // 2} if fixed.get("method") == "dpo" else {} for name, (fixed, _) in rows.items()}   # pairs
-    tries = {name: [(f"search_{slug(name)}_{i}", "align", fixed | setting | half[name] | search) for i, setting in enumerate(settings)]
+    half = {name: {"batch": args.batch // 2} if fixed.get("method") == "dpo" else {}      # pairs
+            for name, (fixed, _) in rows.items()}
+    tries = {name: [(f"search_{slug(name)}_{i}", "align", fixed | setting | half[name] | search)
+                    for i, setting in enumerate(settings)]
              for name, (fixed, settings) in rows.items()}
-    done = {run[0]: result for run, result in zip(sum(tries.values(), []), lab.run(sum(tries.values(), [])))}
-    best = {name: rows[name][1][choose([done[key] for key, _, _ in runs], base_caption)] for name, runs in tries.items()}
-    finals = {name: [(f"{slug(name)}_{seed}", "sample", dict(model=model, prompt=kind, seed=seed)) for seed in args.seeds]
+    done = {run[0]: result for run, result
+            in zip(sum(tries.values(), []), lab.run(sum(tries.values(), [])))}
+    best = {name: rows[name][1][choose([done[key] for key, _, _ in runs], base_caption)]
+            for name, runs in tries.items()}
+    finals = {name: [(f"{slug(name)}_{seed}", "sample", dict(model=model, prompt=kind, seed=seed))
+                     for seed in args.seeds]
               for name, (model, kind) in SAMPLERS.items()}
-    finals |= {name: [(f"{slug(name)}_{seed}", "align", rows[name][0] | best[name] | half[name] | {"seed": seed}) for seed in args.seeds]
+    finals |= {name: [(f"{slug(name)}_{seed}", "align",
+                       rows[name][0] | best[name] | half[name] | {"seed": seed})
+                      for seed in args.seeds]
                for name in rows}
     results = iter(lab.run(sum(finals.values(), [])))
     results = {name: [next(results) for _ in runs] for name, runs in finals.items()}
@@ -145,13 +178,17 @@ def methods(lab):
               ", ".join(f"{k} {v:g}" for k, v in best.get(name, {}).items())] for name in results]
     text = markdown(["row", "#A_pos", *HEADER, "seconds", "pictures seen", "chosen"], table)
     searched = markdown(["row", *(f"setting {i + 1}" for i in range(4))],
-                        [[name, *(f"{done[key]['row']['neg']:.2f} / {done[key]['row']['caption']:.3f} ("
-                                  + ", ".join(f"{k} {v:g}" for k, v in setting.items()) + ")"
-                                  for (key, _, _), setting in zip(runs, rows[name][1]))] for name, runs in tries.items()])
+                        [[name,
+                          *(f"{done[key]['row']['neg']:.2f} / {done[key]['row']['caption']:.3f} ("
+                            + ", ".join(f"{k} {v:g}" for k, v in setting.items()) + ")"
+                            for (key, _, _), setting in zip(runs, rows[name][1]))]
+                         for name, runs in tries.items()])
     real = np.mean([r["row"]["real_diversity"] for rs in results.values() for r in rs])
-    stem = publish(args, {"rows": results, "chosen": best}, text, f"Real all-positive paintings: diversity {real:.3f}.",
-                   f"The search (seed {args.validation[0]}, {args.search_samples} pictures; #A_neg / caption accuracy; base caption "
-                   f"{base_caption:.3f}). " + " ".join(choose.__doc__.split("Returns")[0].split()), searched)
+    stem = publish(args, {"rows": results, "chosen": best}, text,
+                   f"Real all-positive paintings: diversity {real:.3f}.",
+                   f"The search (seed {args.validation[0]}, {args.search_samples} pictures; "
+                   f"#A_neg / caption accuracy; base caption {base_caption:.3f}). "
+                   + " ".join(choose.__doc__.split("Returns")[0].split()), searched)
     bar_chart(f"{stem}.png", {name: over_seeds(column(name, "neg")) for name in results},
               f"Negative attributes per picture ({args.data} data)",
               f"#A_neg of {len(lab.data.criteria)}, lower is better; 95 % interval over seeds",
@@ -159,8 +196,8 @@ def methods(lab):
 
 
 def steps_to(curve, level, captions=None):
-    """Optimizer steps at which #A_neg first reaches `level`, between two measurements on a line; None if it does not. With
-    captions: only where the caption accuracy is still at least that."""
+    """Optimizer steps at which #A_neg first reaches `level`, between two measurements on a line;
+    None if it does not. With captions: only where the caption accuracy is still at least that."""
     previous = None
     for point in curve:
         if point["neg"] <= level and (captions is None or point["caption"] >= captions):
@@ -173,188 +210,274 @@ def steps_to(curve, level, captions=None):
 
 
 def speed(lab):
-    """#A_neg against optimizer steps, rule by rule; steps to fixed levels, and how many times fewer than vanilla's."""
+    """#A_neg against optimizer steps, rule by rule; steps to fixed levels, and how many times fewer
+    than vanilla's."""
     args, rows = lab.args, chosen_rows(lab.args, SPEED)
     every = max(1, args.steps // 6)
-    runs = [(f"{slug(name)}_{seed}", "curve", flags | dict(seed=seed, every=every, samples=args.curve_samples))
+    runs = [(f"{slug(name)}_{seed}", "curve",
+             flags | dict(seed=seed, every=every, samples=args.curve_samples))
             for name, flags in rows.items() for seed in args.seeds]
     found, bases = iter(lab.run(runs)), lab.run(base_runs(args.seeds, samples=args.curve_samples))
-    start = {key: float(np.mean([b["row"][key] for b in bases])) for key in ("neg", "caption", "frechet")}
-    curves = {name: [[{"step": 0, **start}, *next(found)["curve"]] for _ in args.seeds] for name in rows}
+    start = {key: float(np.mean([b["row"][key] for b in bases]))
+             for key in ("neg", "caption", "frechet")}
+    curves = {name: [[{"step": 0, **start}, *next(found)["curve"]] for _ in args.seeds]
+              for name in rows}
     levels = [round(share * start["neg"], 2) for share in (0.8, 0.6, 0.5, 0.4)]
 
     def reached(name, level, careful):
         """Steps to the level, a number a seed; None where it is not reached."""
-        return [steps_to(curve, level, start["caption"] - 0.02 if careful else None) for curve in curves[name]]
+        return [steps_to(curve, level, start["caption"] - 0.02 if careful else None)
+                for curve in curves[name]]
 
     def cell(name, level, careful):
         steps = reached(name, level, careful)
         if None in steps:
             return f"not in {steps.count(None)} of {len(steps)} seeds"
-        vanilla = [np.mean(other) for n in curves if SPEED[n]["stabilizer"] == "none" and None not in (other := reached(n, level, careful))]
-        ratio = f" ({min(vanilla) / np.mean(steps):.1f}x)" if vanilla and SPEED[name]["stabilizer"] != "none" else ""
+        vanilla = [np.mean(other) for n in curves if SPEED[n]["stabilizer"] == "none"
+                   and None not in (other := reached(n, level, careful))]
+        ratio = (f" ({min(vanilla) / np.mean(steps):.1f}x)"
+                 if vanilla and SPEED[name]["stabilizer"] != "none" else "")
         return written(steps, 0) + ratio
     ends = (("neg", 2), ("caption", 3), ("frechet", 1))
-    tables = [markdown(["rule", *(f"#A_neg {level}" for level in levels), "last: #A_neg", "caption", "Fréchet"],
+    tables = [markdown(["rule", *(f"#A_neg {level}" for level in levels),
+                        "last: #A_neg", "caption", "Fréchet"],
                        [[name, *(cell(name, level, careful) for level in levels),
-                         *(written([curve[-1][key] for curve in curves[name]], digits) for key, digits in ends)]
-                        for name in curves]) for careful in (False, True)]
-    settings = "; ".join(f"{name}: {', '.join(f'{k} {v}' for k, v in flags.items() if k != 'stabilizer')}" for name, flags in rows.items())
-    stem = publish(args, {"curves": curves, "levels": levels}, f"Steps to a level of #A_neg (base {start['neg']:.2f}); in brackets, how "
-                   f"many times fewer than the faster vanilla's. Learning rate {args.lr:g} where none is named ({settings}); "
-                   f"{args.curve_samples} pictures a point.", tables[0],
-                   "The same, but a level counts only while the caption accuracy is at most 0.02 below the base's:", tables[1])
+                         *(written([curve[-1][key] for curve in curves[name]], digits)
+                           for key, digits in ends)]
+                        for name in curves])
+              for careful in (False, True)]
+    settings = "; ".join(
+        f"{name}: {', '.join(f'{k} {v}' for k, v in flags.items() if k != 'stabilizer')}"
+        for name, flags in rows.items())
+    stem = publish(args, {"curves": curves, "levels": levels},
+                   f"Steps to a level of #A_neg (base {start['neg']:.2f}); in brackets, how many "
+                   f"times fewer than the faster vanilla's. Learning rate {args.lr:g} where none "
+                   f"is named ({settings}); {args.curve_samples} pictures a point.",
+                   tables[0],
+                   "The same, but a level counts only while the caption accuracy is at most 0.02 "
+                   "below the base's:",
+                   tables[1])
     lines = {}
     for name, seeds in curves.items():
         means = [over_seeds([curve[i]["neg"] for curve in seeds]) for i in range(len(seeds[0]))]
         lines[name] = [p["step"] for p in seeds[0]], [m for m, _ in means], [h for _, h in means]
-    line_chart(f"{stem}.png", lines, "Negative attributes against optimizer steps", "optimizer steps", "#A_neg")
+    line_chart(f"{stem}.png", lines, "Negative attributes against optimizer steps",
+               "optimizer steps", "#A_neg")
 
 
 def decoupling(lab):
-    """Align one branch at a time, measure all of them: the diagonal should fall to a half, the rest stay within a tenth."""
-    lab = Lab(changed(lab.args, samples=2 * lab.args.samples))            # a tenth of a small number is soon lost in the noise
-    args, roots, doses = lab.args, [root.name for root in lab.data.criteria.roots], chosen_rows(lab.args, DOSES)
+    """Align one branch at a time, measure all of them: the diagonal should fall to a half, the rest
+    stay within a tenth."""
+    # a tenth of a small number is soon lost in the noise
+    lab = Lab(changed(lab.args, samples=2 * lab.args.samples))
+    args, roots, doses = (lab.args, [root.name for root in lab.data.criteria.roots],
+                          chosen_rows(lab.args, DOSES))
     seeds = args.validation + args.seeds
     bases = {seed: result["row"] for seed, result in zip(seeds, lab.run(base_runs(seeds)))}
 
     def aligned(choices, seeds):
         """[(root, dose)] -> for each of them, the rows of the targets aligned so, one a seed."""
-        found = iter(lab.run([(f"{slug(root)}_{slug(dose)}_{seed}", "align", dict(criteria=[root], strength=doses[dose], seed=seed))
+        found = iter(lab.run([(f"{slug(root)}_{slug(dose)}_{seed}", "align",
+                               dict(criteria=[root], strength=doses[dose], seed=seed))
                               for root, dose in choices for seed in seeds]))
         return [[next(found)["row"] for _ in seeds] for _ in choices]
 
     def relative(rows, seeds):
         """#A_neg of each root over the base's from the same noise: (roots, seeds)."""
-        return [[row["by_root"][root] / max(bases[seed]["by_root"][root], 0.01) for row, seed in zip(rows, seeds)] for root in roots]
+        return [[row["by_root"][root] / max(bases[seed]["by_root"][root], 0.01)
+                 for row, seed in zip(rows, seeds)] for root in roots]
 
     def score(row, own):
-        """Below 1 both aims hold: the own branch at a half or less, no other changed by more than a tenth."""
-        return max([row[own] / 0.5] + [abs(x - 1) / 0.1 for other, x in enumerate(row) if other != own])
+        """Below 1 both aims hold: the own branch at a half or less, no other changed by more than
+        a tenth."""
+        return max([row[own] / 0.5]
+                   + [abs(x - 1) / 0.1 for other, x in enumerate(row) if other != own])
 
     trials = [(root, dose) for root in roots for dose in doses]
-    tried = {trial: np.mean(relative(rows, args.validation), 1) for trial, rows in zip(trials, aligned(trials, args.validation))}
-    scores = {root: {dose: score(tried[root, dose], own) for dose in doses} for own, root in enumerate(roots)}
+    tried = {trial: np.mean(relative(rows, args.validation), 1)
+             for trial, rows in zip(trials, aligned(trials, args.validation))}
+    scores = {root: {dose: score(tried[root, dose], own) for dose in doses}
+              for own, root in enumerate(roots)}
     best = {root: min(doses, key=scores[root].get) for root in roots}
     found = dict(zip(roots, aligned(list(best.items()), args.seeds)))
     rows = {root: relative(found[root], args.seeds) for root in roots}
-    table = [[f"{root} ({best[root]})", *map(written, rows[root]), written([row["caption"] for row in found[root]], 3)] for root in roots]
+    table = [[f"{root} ({best[root]})", *map(written, rows[root]),
+              written([row["caption"] for row in found[root]], 3)] for root in roots]
     means = [[over_seeds(values)[0] for values in rows[root]] for root in roots]
     worst = max(abs(x - 1) for i, row in enumerate(means) for j, x in enumerate(row) if i != j)
-    searched = markdown(["branch", *doses], [[root, *(f"{scores[root][dose]:.2f} (own {tried[root, dose][own]:.2f})" for dose in doses)]
-                                             for own, root in enumerate(roots)])
-    stem = publish(args, {"roots": roots, "chosen": best, "relative": rows, "scores": scores, "base": bases},
-                   "#A_neg of each root dimension over the base's from the same noise; rows: the branch that was aligned (and its dose). Base: "
-                   + ", ".join(f"{root} {np.mean([bases[seed]['by_root'][root] for seed in args.seeds]):.2f}" for root in roots)
-                   + f"; caption {np.mean([bases[seed]['caption'] for seed in args.seeds]):.3f}.", markdown(["aligned on", *roots, "caption"], table),
-                   f"Largest own share {max(means[i][i] for i in range(len(roots))):.2f}, largest change of another {worst:.2f}.",
-                   f"The search, means over seeds {', '.join(map(str, args.validation))}: the worse of (own share / 0.5) and (largest change "
-                   "of another / 0.1); below 1 both aims hold. Each branch takes the dose with the smallest.", searched)
-    matrix_chart(f"{stem}.png", means, roots, roots, "Align one branch, measure all: #A_neg over the base's",
+    searched = markdown(["branch", *doses],
+                        [[root, *(f"{scores[root][dose]:.2f} (own {tried[root, dose][own]:.2f})"
+                                  for dose in doses)]
+                         for own, root in enumerate(roots)])
+    stem = publish(
+        args, {"roots": roots, "chosen": best, "relative": rows, "scores": scores, "base": bases},
+        "#A_neg of each root dimension over the base's from the same noise; rows: the branch that "
+        "was aligned (and its dose). Base: "
+        + ", ".join(f"{root} {np.mean([bases[seed]['by_root'][root] for seed in args.seeds]):.2f}"
+                    for root in roots)
+        + f"; caption {np.mean([bases[seed]['caption'] for seed in args.seeds]):.3f}.",
+        markdown(["aligned on", *roots, "caption"], table),
+        f"Largest own share {max(means[i][i] for i in range(len(roots))):.2f}, "
+        f"largest change of another {worst:.2f}.",
+        f"The search, means over seeds {', '.join(map(str, args.validation))}: the worse of (own "
+        "share / 0.5) and (largest change of another / 0.1); below 1 both aims hold. Each branch "
+        "takes the dose with the smallest.",
+        searched)
+    matrix_chart(f"{stem}.png", means, roots, roots,
+                 "Align one branch, measure all: #A_neg over the base's",
                  "row: aligned branch; column: measured branch")
 
 
 def annotation(lab):
-    """How CPO falls off when experts judge less, or err; auxiliary and target both see only the degraded annotations. The guided
-    auxiliary tells what stage 1 lost; --pairs all asks stage 2 for every leaf, whether it is judged or not."""
+    """How CPO falls off when experts judge less, or err; auxiliary and target both see only the
+    degraded annotations. The guided auxiliary tells what stage 1 lost; --pairs all asks stage 2 for
+    every leaf, whether it is judged or not."""
     args, levels = lab.args, chosen_rows(lab.args, LEVELS)
     kinds = {"auxiliary guided": ("sample", dict(model="auxiliary", prompt="guided")),
-             "CPO": ("align", dict(pairs="opposite")), "CPO --pairs all": ("align", dict(pairs="all"))}
-    lab.run([(f"auxiliary_{slug(level)}", "auxiliary", flags) for level, flags in levels.items() if flags])
-    wanted = {f"{level}: {name}": (kind, flags | more) for level, flags in levels.items() for name, (kind, more) in kinds.items()
-              if not flags.get("wrong") or name != "CPO --pairs all"}         # 90 % judged: nearly the same prompts
-    results = iter(lab.run(base_runs(args.seeds) + [(f"{slug(name)}_{seed}", kind, flags | dict(seed=seed))
-                                                    for name, (kind, flags) in wanted.items() for seed in args.seeds]))
+             "CPO": ("align", dict(pairs="opposite")),
+             "CPO --pairs all": ("align", dict(pairs="all"))}
+    lab.run([(f"auxiliary_{slug(level)}", "auxiliary", flags)
+             for level, flags in levels.items() if flags])
+    # 90 % judged: nearly the same prompts
+    wanted = {f"{level}: {name}": (kind, flags | more)
+              for level, flags in levels.items() for name, (kind, more) in kinds.items()
+              if not flags.get("wrong") or name != "CPO --pairs all"}
+    results = iter(lab.run(base_runs(args.seeds)
+                           + [(f"{slug(name)}_{seed}", kind, flags | dict(seed=seed))
+                              for name, (kind, flags) in wanted.items() for seed in args.seeds]))
     rows = {name: [next(results)["row"] for _ in args.seeds] for name in ("base", *wanted)}
-    text = markdown(["annotation", *HEADER], [[n, *(written([r[k] for r in some], d) for k, d in COLUMNS)] for n, some in rows.items()])
+    text = markdown(["annotation", *HEADER],
+                    [[n, *(written([r[k] for r in some], d) for k, d in COLUMNS)]
+                     for n, some in rows.items()])
     stem = publish(args, {"rows": rows}, text)
     bar_chart(f"{stem}.png", {n: over_seeds([r["neg"] for r in some]) for n, some in rows.items()},
-              "CPO with fewer and with wrong verdicts", "#A_neg, lower is better; 95 % interval over seeds",
+              "CPO with fewer and with wrong verdicts",
+              "#A_neg, lower is better; 95 % interval over seeds",
               highlight=[name for name, (kind, _) in wanted.items() if kind == "align"])
 
 
 def gap(lab):
-    """mean(d^2) per timestep bin; and how often the guarantees of docs/derivation.md hold for one step of a network."""
+    """mean(d^2) per timestep bin; and how often the guarantees of docs/derivation.md hold for one
+    step of a network."""
     args = lab.args
     result, = lab.run([("gap", "gap", dict(batches=args.batches, step_size=args.step_size))])
-    middles, bins = [(i + 0.5) * 1000 / BINS for i in range(BINS)], [f"{i * 1000 // BINS}-" for i in range(BINS)]
+    middles, bins = ([(i + 0.5) * 1000 / BINS for i in range(BINS)],
+                     [f"{i * 1000 // BINS}-" for i in range(BINS)])
     shown = lambda x: "" if x is None else f"{x:.4f}"
-    text = markdown(["pairs", *(f"t {b}" for b in bins)], [[pairs, *map(shown, values)] for pairs, values in result["gaps"].items()])
+    text = markdown(["pairs", *(f"t {b}" for b in bins)],
+                    [[pairs, *map(shown, values)] for pairs, values in result["gaps"].items()])
     places = list(dict.fromkeys(e["place"] for e in result["effects"]))
     effects = {(e["rule"], e["place"], e["optimizer"]): e for e in result["effects"]}
     cell = lambda effect: f"{100 * effect['winner rose']:.0f} / {100 * effect['loser fell']:.0f}"
-    table = markdown(["rule", "from", *OPTIMIZERS], [[rule, place, *(cell(effects[rule, place, o]) for o in OPTIMIZERS)]
-                                                     for rule in RULES for place in places])
-    stem = publish(args, result, "mean(d²), the gap of the auxiliary's two predictions (of v):", text,
-                   f"Per cent of samples whose winner's error rose / loser's error fell after one step on their batch, of relative length "
-                   f"{args.step_size:g} ({result['effects'][0]['samples']} samples; `balance` and `clamped` at strength 1). "
-                   "The theorems promise 0 for the winner with `winner`, `safeguard`, `balance`, `clamped` and 0 for the loser with "
-                   "`balance`, on free outputs; through shared weights they are only a tendency:", table)
-    line_chart(f"{stem}.png", {pairs: (middles, values, [0] * BINS) for pairs, values in result["gaps"].items()}, "The gap by timestep",
-               "timestep t (1000: pure noise)", "mean of d squared")
+    table = markdown(["rule", "from", *OPTIMIZERS],
+                     [[rule, place, *(cell(effects[rule, place, o]) for o in OPTIMIZERS)]
+                      for rule in RULES for place in places])
+    stem = publish(args, result,
+                   "mean(d²), the gap of the auxiliary's two predictions (of v):",
+                   text,
+                   "Per cent of samples whose winner's error rose / loser's error fell after one "
+                   f"step on their batch, of relative length {args.step_size:g} "
+                   f"({result['effects'][0]['samples']} samples; `balance` and `clamped` at "
+                   "strength 1). The theorems promise 0 for the winner with `winner`, `safeguard`, "
+                   "`balance`, `clamped` and 0 for the loser with `balance`, on free outputs; "
+                   "through shared weights they are only a tendency:",
+                   table)
+    line_chart(f"{stem}.png",
+               {pairs: (middles, values, [0] * BINS) for pairs, values in result["gaps"].items()},
+               "The gap by timestep", "timestep t (1000: pure noise)", "mean of d squared")
 
 
 def guidance(lab):
-    """What was compiled into the weights: CPO with k = 1 - 1/s (one call a step) against the auxiliary guided at scale s (two calls)."""
+    """What was compiled into the weights: CPO with k = 1 - 1/s (one call a step) against the
+    auxiliary guided at scale s (two calls)."""
     args = lab.args
-    kinds = {"auxiliary, guided, 2 calls a step": lambda s: ("sample", dict(model="auxiliary", prompt="guided", guidance=s)),
-             "CPO constant k = 1 - 1/s, 1 call": lambda s: ("align", dict(stabilizer="constant", strength=1 - 1 / s))}
-    runs = [(f"{slug(name)[:9]}_{s}_{seed}", kind, flags | {"seed": seed}) for name, make in kinds.items() for s in GUIDANCE
+    kinds = {"auxiliary, guided, 2 calls a step":
+             lambda s: ("sample", dict(model="auxiliary", prompt="guided", guidance=s)),
+             "CPO constant k = 1 - 1/s, 1 call":
+             lambda s: ("align", dict(stabilizer="constant", strength=1 - 1 / s))}
+    runs = [(f"{slug(name)[:9]}_{s}_{seed}", kind, flags | {"seed": seed})
+            for name, make in kinds.items() for s in GUIDANCE
             for seed in args.seeds for kind, flags in [make(s)]]
     results = iter(lab.run(runs))
-    rows = {name: {s: [next(results)["row"] for _ in args.seeds] for s in GUIDANCE} for name in kinds}
-    text = markdown(["row", "scale s", *HEADER], [[name, f"{s:g}", *(written([r[k] for r in some], d) for k, d in COLUMNS)]
-                                                 for name, scales in rows.items() for s, some in scales.items()])
+    rows = {name: {s: [next(results)["row"] for _ in args.seeds] for s in GUIDANCE}
+            for name in kinds}
+    text = markdown(["row", "scale s", *HEADER],
+                    [[name, f"{s:g}", *(written([r[k] for r in some], d) for k, d in COLUMNS)]
+                     for name, scales in rows.items() for s, some in scales.items()])
     stem = publish(args, {"rows": rows}, text)
-    lines = {name: (GUIDANCE, *zip(*(over_seeds([r["neg"] for r in some]) for some in scales.values()))) for name, scales in rows.items()}
-    line_chart(f"{stem}.png", lines, "Guided at each step, or guidance in the weights", "scale s (1: none)", "#A_neg")
+    lines = {name: (GUIDANCE,
+                    *zip(*(over_seeds([r["neg"] for r in some]) for some in scales.values())))
+             for name, scales in rows.items()}
+    line_chart(f"{stem}.png", lines, "Guided at each step, or guidance in the weights",
+               "scale s (1: none)", "#A_neg")
 
 
 def world(lab):
-    """The analytic world: vector fields and samples before and after, and the path of every stabilizer."""
-    from .world import draw_world
+    """The analytic world: vector fields and samples before and after, and the path of every \
+stabilizer."""
+    from .figure import draw_world
     folder = Path(lab.args.results)
     folder.mkdir(parents=True, exist_ok=True)
     numbers = draw_world(folder / "world.png", lab.args.world_steps, lab.args.seed)
     (folder / "world.json").write_text(json.dumps(numbers, indent=1), encoding="utf-8")
     rows = [[name, *(f"{x:.2f}" for x in values)] for name, values in numbers["samples"].items()]
-    text = markdown(["sampled from", "share good in both", "spread (good ones: 0.40)", "distance of the mean from the good ones'"], rows)
-    about = (f"{world.__doc__} A flawed world (`nanocpo/study/mixture.py`): 2 % of its pictures are good in both attributes. The target is "
-             f"the exact base and a tiny network, trained with CPO for {lab.args.world_steps} steps; nothing else is learned. "
+    text = markdown(["sampled from", "share good in both", "spread (good ones: 0.40)",
+                     "distance of the mean from the good ones'"], rows)
+    about = (f"{world.__doc__} A flawed world (`nanocpo/study/mixture.py`): 2 % of its pictures "
+             "are good in both attributes. The target is the exact base and a tiny network, "
+             f"trained with CPO for {lab.args.world_steps} steps; nothing else is learned. "
              "`python -m nanocpo.study world`.")
-    (folder / "world.md").write_text("\n\n".join(["# world", "![the analytic world](world.png)", about, text]) + "\n", encoding="utf-8")
+    (folder / "world.md").write_text(
+        "\n\n".join(["# world", "![the analytic world](world.png)", about, text]) + "\n",
+        encoding="utf-8")
     print(text)
 
 
 STUDIES = {f.__name__: f for f in (methods, speed, decoupling, annotation, gap, guidance, world)}
 
 
+def add_study_flags(parser):
+    """The flags of a study beside those of the two stages."""
+    parser.epilog = "\n".join(f"{name}: {f.__doc__}" for name, f in STUDIES.items())
+    parser.add_argument("study", choices=list(STUDIES))
+    parser.add_argument("--results", default="docs/results",
+                        help="folder for the JSON, Markdown and PNG that are kept")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3],
+                        help="training and sampling seeds that are reported")
+    parser.add_argument("--validation", type=int, nargs="+", default=[101, 102],
+                        help="seeds on which settings are chosen: `methods` takes the first, "
+                        "`decoupling` the mean over all")
+    parser.add_argument("--search-samples", type=int, default=256,
+                        help="pictures a row of the search")
+    parser.add_argument("--curve-samples", type=int, default=256,
+                        help="pictures a point of the curves of `speed`")
+    parser.add_argument("--batches", type=int, default=8, help="batches that `gap` looks at")
+    parser.add_argument("--step-size", type=float, default=3e-4,
+                        help="relative length of the one step that `gap` takes")
+    parser.add_argument("--world-steps", type=int, default=1500,
+                        help="training steps of the tiny network of `world`")
+    parser.add_argument("--only", nargs="+",
+                        help="only these rows (methods, speed), levels (annotation) or doses "
+                        "(decoupling)")
+    parser.add_argument("--jobs", type=above(0), default=1,
+                        help="runs at a time, each with its share of the cores")
+
+
 def main(argv=None):
     """Parse the flags and run one study; what is finished is used again."""
-    parser = argparse.ArgumentParser("python -m nanocpo.study", description=__doc__.split("\n")[0],
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-                                     epilog="\n".join(f"{name}: {f.__doc__}" for name, f in STUDIES.items()))
-    parser.add_argument("study", choices=list(STUDIES))
-    add_common_arguments(parser)
-    add_sft_arguments(parser)
-    add_cpo_arguments(parser)
-    parser.add_argument("--results", default="docs/results", help="folder for the JSON, Markdown and PNG that are kept")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="training and sampling seeds that are reported")
-    parser.add_argument("--validation", type=int, nargs="+", default=[101, 102], help="seeds on which settings are chosen: `methods` "
-                        "takes the first, `decoupling` the mean over all")
-    parser.add_argument("--search-samples", type=int, default=256, help="pictures a row of the search")
-    parser.add_argument("--curve-samples", type=int, default=256, help="pictures a point of the curves of `speed`")
-    parser.add_argument("--batches", type=int, default=8, help="batches that `gap` looks at")
-    parser.add_argument("--step-size", type=float, default=3e-4, help="relative length of the one step that `gap` takes")
-    parser.add_argument("--world-steps", type=int, default=1500, help="training steps of the tiny network of `world`")
-    parser.add_argument("--only", nargs="+", help="only these rows (methods, speed), levels (annotation) or doses (decoupling)")
-    parser.add_argument("--jobs", type=above(0), default=1, help="runs at a time, each with its share of the cores")
-    args = parser.parse_args(argv)
+    _, args = parse_training(__doc__, argv, ("common", "sft", "cpo", "report"), check_flags,
+                             extend=add_study_flags)
+    STUDIES[args.study](Lab(args))
+
+
+def check_flags(args):
+    """Raises ValueError on flags that do not go together."""
     if min(args.samples, args.search_samples, args.curve_samples) < 2:
-        parser.error("--samples, --search-samples and --curve-samples: an interval needs two pictures at least")
+        raise ValueError("--samples, --search-samples and --curve-samples: an interval needs two "
+                         "pictures at least")
     if args.study == "methods" and args.batch < 2:
-        parser.error("--batch 1: half of it, a pair of pictures, is Diffusion-DPO's batch")
+        raise ValueError("--batch 1: half of it, a pair of pictures, is Diffusion-DPO's batch")
     if args.only and args.study in ("gap", "guidance", "world"):
-        parser.error(f"--only: {args.study} has no rows to choose from")
-    lab = Lab(args)
-    STUDIES[args.study](lab)
+        raise ValueError(f"--only: {args.study} has no rows to choose from")
+    if args.weights:
+        raise ValueError("--weights: the studies are the toy's")

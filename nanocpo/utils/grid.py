@@ -5,8 +5,9 @@ from PIL import Image, ImageDraw, ImageFont
 
 
 def save_grid(path, images, labels=None, columns=8, zoom=4, titles=None):
-    """A PNG file, and its folder, of images uint8 (N, H, W, 3), enlarged without smoothing, so that every pixel can be seen.
-    labels: N strings (lines split by a newline) or None; titles: one string a row, drawn above it."""
+    """A PNG file, and its folder, of images uint8 (N, H, W, 3), enlarged without smoothing, so that
+    every pixel can be seen. labels: N strings (lines split by a newline) or None; titles: one
+    string a row, drawn above it."""
     count, height, width = images.shape[:3]
     rows, cell_w, cell_h = -(-count // columns), width * zoom, height * zoom
     font, line = ImageFont.load_default(11), 14
@@ -17,10 +18,11 @@ def save_grid(path, images, labels=None, columns=8, zoom=4, titles=None):
     pen = ImageDraw.Draw(sheet)
     for i, image in enumerate(images):
         x, y = 4 + i % columns * step_w, 4 + i // columns * step_h + title_h
-        sheet.paste(Image.fromarray(image).resize((cell_w, cell_h), Image.Resampling.NEAREST), (x, y))
+        sheet.paste(Image.fromarray(image).resize((cell_w, cell_h), Image.Resampling.NEAREST),
+                    (x, y))
         if labels:
             for k, text in enumerate(labels[i].split("\n")):
-                while text and pen.textlength(text, font=font) > cell_w:             # cut what does not fit
+                while text and pen.textlength(text, font=font) > cell_w:  # cut what does not fit
                     text = text[:-1]
                 pen.text((x + 1, y + cell_h + k * line), text, fill="black", font=font)
     for row, title in enumerate(titles or []):

@@ -1,0 +1,2 @@
+"""A folder of your own pictures: reading it (reading.py), judging it in the browser (annotate.py).
+"""

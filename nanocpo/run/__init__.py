@@ -1,0 +1,1 @@
+"""Running the method: settings, flags, the flow of both stages, what CPO is compared with."""

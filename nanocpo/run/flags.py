@@ -1,0 +1,95 @@
+"""From the dataclasses of settings.py to command-line flags, and back."""
+import argparse
+import sys
+from dataclasses import fields
+
+from .settings import SAMPLING, STABLE_DIFFUSION, TOY, Weights
+
+
+class _HelpAll(argparse.Action):
+    """--help-all: --help with the flags that are rarely needed."""
+
+    def __init__(self, option_strings, dest, **rest):
+        super().__init__(option_strings, dest, nargs=0, help="every flag, also those that are "
+                         "rarely needed")
+
+    def __call__(self, parser, *rest):
+        for action in parser._actions:
+            action.help = getattr(action, "full_help", action.help)
+        parser.print_help()
+        parser.exit()
+
+
+def add_flags(parser, part):
+    """A flag for every field of `part`, an instance of a dataclass of settings.py, whose values
+    are the defaults."""
+    for f in fields(part):
+        default, names = getattr(part, f.name), ["--" + f.name.replace("_", "-")]
+        if f.name == "caption":
+            names.append("--prompt")
+        if f.type is bool:
+            action = parser.add_argument(*names, action="store_true", help=f.metadata["help"])
+        else:
+            told = "" if default in (None, ()) else " (default: %(default)s)"
+            action = parser.add_argument(*names, default=default, help=f.metadata["help"] + told,
+                                         **f.metadata["argument"])
+        action.full_help = action.help
+        if f.metadata["more"]:
+            action.help = argparse.SUPPRESS
+
+
+def _parser(description, argv, toy, stable_diffusion):
+    """(parser, argv) with the flags of the parts `toy`, or with --weights of `stable_diffusion`;
+    only then the flags of Stable Diffusion are shown."""
+    argv = sys.argv[1:] if argv is None else argv
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--weights")
+    weights = first.parse_known_args(argv)[0].weights
+    parser = argparse.ArgumentParser(description=description.split("\n")[0], allow_abbrev=False,
+                                     usage="%(prog)s [flags]")
+    parser.add_argument("--help-all", action=_HelpAll)
+    for part in stable_diffusion if weights else toy:
+        add_flags(parser, part)
+    group = parser.add_argument_group("Stable Diffusion (docs/stable_diffusion.md)")
+    add_flags(group, Weights())
+    for action in () if weights else group._group_actions:
+        if action.dest != "weights":
+            action.help = argparse.SUPPRESS
+    return parser, argv
+
+
+def _check(parser, check, *arguments):
+    """Call check(*arguments); its ValueError, values that do not go together, is the parser's."""
+    try:
+        check(*arguments)
+    except ValueError as error:
+        parser.error(str(error))
+
+
+def parse_training(description, argv, names, check=None, extend=None):
+    """The flags of a training script -> Settings. names: the parts that it has flags for. Ends
+    the program on wrong flags.
+
+    extend(parser): adds flags of one's own, check(Namespace): raises ValueError where they do not
+    go together; with extend, (Settings, Namespace) is returned."""
+    pick = lambda settings: [getattr(settings, name) for name in names]
+    parser, argv = _parser(description, argv, pick(TOY), pick(STABLE_DIFFUSION))
+    if extend:
+        extend(parser)
+    args = parser.parse_args(argv)
+    settings = (STABLE_DIFFUSION if args.weights else TOY).changed(**vars(args))
+    _check(parser, settings.check)
+    if check:
+        _check(parser, check, args)
+    return (settings, args) if extend else settings
+
+
+def parse_sampling(description, argv):
+    """The flags of sample.py -> (Sampling, Weights). Ends the program on wrong flags."""
+    toy, stable_diffusion = SAMPLING.values()
+    parser, argv = _parser(description, argv, [toy], [stable_diffusion])
+    args = vars(parser.parse_args(argv))
+    sampling, weights = (type(part)(**{f.name: args[f.name] for f in fields(part)})
+                         for part in (toy, Weights()))
+    _check(parser, weights.check)
+    return sampling, weights

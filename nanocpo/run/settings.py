@@ -1,0 +1,239 @@
+"""Every setting, once: its default, what it does, and why it has that value.
+
+A dataclass for each part of the work; the flags of the scripts are made from them (flags.py), and
+so is the record that says whether a checkpoint may be used again (utils/checkpoint.py). TOY and
+STABLE_DIFFUSION are the two instances. All values are ours: the paper's are not known to us.
+Those of Stable Diffusion are not tuned on real weights.
+"""
+import re
+from dataclasses import asdict, dataclass, field, fields, replace
+
+from ..losses import RULES
+from ..utils.cli import above, pick_device
+
+NO_FILE_NAME = r"base|auxiliary(_\w+)?|rows"        # taken by stage 1 and by the report's rows
+
+
+def setting(default, help, *, decides=True, more=False, **argument):
+    """A field. decides: whether it is part of what a result was made of; more: only shown by
+    --help-all; argument: the rest of argparse's add_argument."""
+    return field(default=default, metadata=dict(help=help, decides=decides, more=more,
+                                                argument=argument))
+
+
+@dataclass(frozen=True)
+class Common:
+    """What all stages share. Data and models have digests, so their names decide nothing."""
+    out: str = setting("out", "folder for everything that is written", decides=False)
+    data: str = setting("flawed", "flawed or mixed (painted on the fly, see nanocpo/toy/"
+                        "paintings.py), or a folder with metadata.jsonl", decides=False)
+    tree: str | None = setting(None, "criteria as JSON; default: criteria.json in the folder, else "
+                               "nanocpo/toy/paintings.json", decides=False)
+    count: int = setting(10000, "number of pictures to paint; 80 %% of them train", type=above(0))
+    skip_bad: bool = setting(False, "leave bad lines of a folder out instead of stopping",
+                             decides=False)
+    seed: int = setting(0, "of weights, batches and samples", type=above(-1))
+    device: str = setting("auto", "auto, cpu, cuda, mps", decides=False, type=pick_device)
+    bf16: bool = setting(False, "run the models in bfloat16; losses and weights stay float32")
+    # 64 is hardly better, step by step: the number of steps is what limits (docs/log.md)
+    batch: int = setting(32, "pictures in a batch", type=above(0))
+    accumulate: int = setting(1, "batches whose gradients make one step", more=True,
+                              type=above(0))
+    resume: bool = setting(False, "continue a run that stopped, from its last checkpoint",
+                           decides=False)
+    save_every: int = setting(200, "steps between checkpoints", decides=False, more=True,
+                              type=above(0))
+    sample_every: int = setting(500, "steps between sample grids (0: none)", decides=False,
+                                more=True, type=above(-1))
+
+
+@dataclass(frozen=True)
+class SFT:
+    """Stage 1: the base model (only the toy's is trained), then the auxiliary."""
+    base: str | None = setting(None, "start from this checkpoint instead of training OUT/base.pt",
+                               decides=False, more=True)
+    # what two CPU cores do in five minutes each
+    base_steps: int = setting(1000, "steps of the base model on plain captions", type=above(0))
+    base_lr: float = setting(2e-3, "learning rate of the base model", more=True,
+                             type=above(0, float))
+    sft_steps: int = setting(1000, "steps of the auxiliary model", type=above(0))
+    sft_lr: float = setting(2e-3, "learning rate of the auxiliary model", more=True,
+                            type=above(0, float))
+    # hue and subject are decided at the noisy end
+    sft_lean: float = setting(0.7, "timesteps are T u^lean, u uniform (also for --method dpo and "
+                              "sft)", more=True, type=above(0, float))
+
+
+@dataclass(frozen=True)
+class CPO:
+    """Stage 2. Its few tries are in docs/log.md, its table in docs/results/methods.md."""
+    method: str = setting("cpo", "esd: regression to the guided target that the rule constant ends "
+                          "at; dpo: Diffusion-DPO on pairs of pictures with fewer and more "
+                          "negative attributes; sft: plain fine-tuning on the best pictures",
+                          choices=["cpo", "esd", "dpo", "sft"])
+    stabilizer: str | None = setting(None, "how far the loser's gradient is held back; default: "
+                                     "constant for cpo, none for dpo", choices=list(RULES))
+    strength: float | None = setting(None, "of the stabilizer; default: its usual one (losses.RULES"
+                                     "; constant: 0.55); constant with --criteria: 0, for a branch "
+                                     "alone is soon reached, and what is pulled harder takes the "
+                                     "rest along", type=float)
+    beta: float | None = setting(None, "preference strength; default: 4 / gap per sample for cpo "
+                                 "(1 with --criteria), 200 for dpo", type=above(0, float))
+    pairs: str = setting("opposite", "what the auxiliary's two prompts list of the leaves to align "
+                         "on. own: the picture's good against its bad ones; completed: also the "
+                         "good twins of the bad ones; opposite: all that are judged, good against "
+                         "bad; all: every leaf",
+                         choices=["own", "completed", "opposite", "all"])
+    criteria: list | None = setting(None, "align on these branches of the tree only, by name or "
+                                    "path", nargs="+")
+    # a target that follows its goal sees such pictures and no flawed ones
+    paint: int = setting(1024, "with --criteria: pictures that the auxiliary paints anew, right in "
+                         "the branch and else as annotated, to train on instead of the data (0: "
+                         "the data; with --weights always)", more=True, type=above(-1))
+    best: float = setting(0.1, "share of the data that --method sft keeps", more=True,
+                          type=above(0, float))
+    # the early checkpoint is often the better one
+    steps: int = setting(150, "steps of stage 2", type=above(0))
+    lr: float = setting(6e-4, "learning rate of stage 2", type=above(0, float))
+    # where little of the training picture is left to contradict the prompt
+    lean: float = setting(0.4, "cpo and esd train at t = T u^lean, u uniform", more=True,
+                          type=above(0, float))
+    name: str = setting("target", "name of the checkpoint, its log and its report row",
+                        decides=False)
+
+    def filled(self):
+        """The same with the defaults that depend on one another in place of None."""
+        usual = "none" if self.method == "dpo" else "constant"
+        # esd is where constant ends (docs/derivation.md, E17), and asks no other rule
+        rule = usual if self.method == "esd" else self.stabilizer or usual
+        strength, beta = RULES[rule].strength, None
+        if self.criteria:
+            # a branch alone: end at z_win, and weight all contexts alike (docs/derivation.md, E19)
+            strength, beta = 0.0 if rule == "constant" else strength, 1.0
+        if self.method == "dpo":
+            beta = 200.0
+        return replace(self, stabilizer=rule, beta=beta if self.beta is None else self.beta,
+                       strength=strength if self.strength is None else self.strength)
+
+    def check(self):
+        """Raises ValueError on values that do not go together."""
+        if not re.fullmatch(r"[\w.-]{1,99}", self.name) or re.fullmatch(NO_FILE_NAME,
+                                                                        self.name.lower()):
+            raise ValueError(f"--name '{self.name}' is no name for files, or is taken by stage 1 "
+                             "and the report; choose another")
+        here = self.filled()
+        constant = here.method == "esd" or here.method == "cpo" and here.stabilizer == "constant"
+        if constant and here.strength >= 1:
+            raise ValueError(f"--strength {here.strength:g}: 'constant' needs less than 1; at 1 it "
+                             "is 'none' and has no limit (docs/derivation.md, E12)")
+
+
+@dataclass(frozen=True)
+class Report:
+    """What is measured at the end."""
+    samples: int = setting(512, "pictures a row of the report (0: no report)", type=above(-1))
+    sampling_steps: int = setting(12, "sampling steps of every picture", more=True,
+                                  type=above(0))
+    guidance: float = setting(2.0, "scale of the row auxiliary_guided; with --weights of all "
+                              "pictures", more=True, type=float)
+
+    def check(self):
+        """Raises ValueError on values that do not go together."""
+        if self.samples == 1:
+            raise ValueError("--samples 1: an interval needs two pictures at least; 0 leaves the "
+                             "report out")
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Public Stable Diffusion weights (docs/stable_diffusion.md): which, and how they are read."""
+    weights: str | None = setting(None, "Stable Diffusion 1, 2 or XL instead of the toy: a folder "
+                                  "in diffusers' layout, or a .safetensors or .ckpt file (its own "
+                                  "flags: --help --weights X)", decides=False)
+    lora: str | None = setting(None, "an adapter: in train_cpo.py the ready auxiliary, in sample.py"
+                               " what to paint with", decides=False)
+    config: str | None = setting(None, "single file: a folder in diffusers' layout whose configs "
+                                 "and tokenizer to use", decides=False)
+    tokenizer: str | None = setting(None, "single file: merges.txt, tokenizer.json or a folder with"
+                                    " one", decides=False)
+    variant: str | None = setting(None, "folder: read the files of this variant, for example fp16",
+                                  decides=False)
+    prediction: str | None = setting(None, "what the model predicts, if its files do not say "
+                                     "(single file of SD 2)", choices=["eps", "v"])
+    dtype: str = setting("float32", "of the frozen base (--bf16: bfloat16); float16 is for sampling"
+                         " only", choices=["float32", "bfloat16", "float16"])
+    resolution: int | None = setting(None, "side of a square picture, other shapes have about the "
+                                     "same area; default: what the base was trained on (512; 768 "
+                                     "for a single file of SD 2, 1024 for XL)", type=above(0))
+    bucket_step: int = setting(64, "sides of pictures are multiples of this", type=above(0))
+    rank: int = setting(8, "of the adapters", type=above(0))
+    checkpointing: bool = setting(False, "recompute activations: less memory, more time",
+                                  decides=False)
+    no_cache: bool = setting(False, "do not keep latents and encoded prompts in OUT/cache",
+                             decides=False)
+
+    def check(self):
+        """Raises ValueError on values that do not go together."""
+        if self.lora and not self.weights:
+            raise ValueError("--lora needs --weights: an adapter is nothing without its base")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """All of it. Field names are unique over the parts, so `of` and `changed` take them flat."""
+    common: Common = Common()
+    sft: SFT = SFT()
+    cpo: CPO = CPO()
+    report: Report = Report()
+    weights: Weights = Weights()
+
+    def changed(self, **values):
+        """The same with some fields of the parts replaced; names of no field are left out."""
+        parts = {part.name: getattr(self, part.name) for part in fields(self)}
+        return Settings(**{name: replace(part, **{f.name: values[f.name] for f in fields(part)
+                                                  if f.name in values})
+                           for name, part in parts.items()})
+
+    def check(self):
+        """Raises ValueError on values that do not go together."""
+        for part in (self.cpo, self.report, self.weights):
+            part.check()
+
+
+def flat(settings):
+    """{field name: value} of all parts."""
+    return {name: value for part in asdict(settings).values() for name, value in part.items()}
+
+
+def record(*parts):
+    """{field name: value} of the fields that decide a result: nothing is listed by hand."""
+    return {f.name: getattr(part, f.name) for part in parts for f in fields(part)
+            if f.metadata["decides"]}
+
+
+TOY = Settings()
+STABLE_DIFFUSION = TOY.changed(
+    batch=1, accumulate=4, sft_steps=2000, sft_lr=1e-4, steps=500, lr=1e-4, sample_every=0,
+    samples=16, sampling_steps=20, guidance=7.5, paint=0)
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """sample.py: what to paint, and how."""
+    checkpoint: str = setting("out/target.pt", "the toy's model")
+    caption: list | None = setting(None, "captions; default: all that the model knows", nargs="+")
+    positive: list = setting((), "attributes to list as good: phrases, leaf names, or all",
+                             nargs="+")
+    negative: list = setting((), "attributes to list as bad; with guidance, to move away from",
+                             nargs="+")
+    guidance: float = setting(1.0, "1: none", type=float)
+    count: int = setting(4, "pictures for each caption", type=above(0))
+    steps: int = setting(12, "sampling steps", type=int)
+    eta: float = setting(0.0, "0: DDIM; 1: as much noise as DDPM", type=float)
+    seed: int = setting(0, "of the noise", type=above(-1))
+    judge: bool = setting(False, "write the critic's verdict under each picture")
+    device: str = setting("auto", "auto, cpu, cuda, mps", type=pick_device)
+    out: str = setting("samples.png", "the grid")
+
+
+SAMPLING = {"toy": Sampling(), "stable diffusion": Sampling(guidance=7.5, steps=30, count=1)}

@@ -1,0 +1,172 @@
+"""Stable Diffusion as a world (see World in nanocpo/run/stages.py): one frozen base, adapters on it
+for auxiliary and target, pictures as latents.
+
+    python train_sft.py --weights sd15 --data paintings --out out_sd  # out_sd/auxiliary.safetensors
+    python train_cpo.py --weights sd15 --data paintings --out out_sd  # out_sd/target.safetensors
+"""
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from ..criteria import Prompt
+from ..data import to_images
+from ..run.stages import alignment_step
+from ..utils.checkpoint import CURE, load_checkpoint
+from ..utils.cli import pick_device
+from ..utils.grid import save_grid
+from . import lora
+from .files import WeightsError
+from .latents import load_latents
+from .model import Backbone, SDModel
+from .report import held_out, report
+from .weights import load_parts
+
+
+def open_base(weights, device, dtype=None, cache=None):
+    """The frozen base that settings.Weights name, as an SDModel without an adapter: it is the
+    reference."""
+    parts = load_parts(weights.weights, weights.config, weights.tokenizer, weights.variant,
+                       getattr(torch, dtype or weights.dtype), weights.prediction)
+    resolution = weights.resolution or parts.resolution
+    for flag, value in (("resolution", resolution), ("bucket-step", weights.bucket_step)):
+        if value % parts.vae.factor:
+            raise ValueError(f"--{flag} {value} must be a multiple of {parts.vae.factor}")
+    return SDModel(Backbone(parts, cache=cache, size=(resolution,) * 2,
+                            checkpointing=weights.checkpointing, device=device))
+
+
+def with_lora(base, path, merge_text=False):
+    """The base with the adapter of a file. merge_text: what it says of the text encoders is merged
+    into them; else it is refused."""
+    parts, names = base.backbone.parts, ("text_encoder", "text_encoder_2")
+    pairs = lora.load(path, {"unet": parts.unet} | dict(zip(names, parts.encoders)))
+    if not merge_text and pairs.keys() - {"unet"}:
+        raise WeightsError(f"{path}: it adapts the text encoder too, which all models share in "
+                           "training; give one for the UNet alone")
+    for name, encoder in zip(names, parts.encoders):
+        lora.merge(encoder, pairs.get(name, {}))
+    adapter = lora.Adapter(pairs.get("unet", {})).to(base.device)
+    return SDModel(base.backbone, adapter).eval().requires_grad_(False)
+
+
+class StableDiffusion:
+    """Raises ValueError where the settings ask for what cannot be trained here."""
+    autocast = False                        # --bf16 is the type of the base's weights
+    cure = f"{CURE}; as --lora it is used all the same"
+
+    def __init__(self, settings):
+        self.settings = settings
+        common, cpo, weights = settings.common, settings.cpo, settings.weights
+        if cpo.method == "dpo":
+            raise ValueError("--method dpo needs pairs of pictures of one shape and caption; with "
+                             "--weights use cpo, esd or sft")
+        if cpo.paint:
+            raise ValueError(f"--paint {cpo.paint}: with --weights CPO trains on the folder's own "
+                             "pictures; leave it out")
+        dtype = "bfloat16" if common.bf16 else weights.dtype
+        if dtype == "float16":
+            raise ValueError("--dtype float16 is for sampling: small gradients vanish in it; train "
+                             "in bfloat16 or float32")
+        self.out = Path(common.out)
+        base = open_base(weights, pick_device(common.device), dtype,
+                         None if weights.no_cache else self.out / "cache")
+        self.data = load_latents(common, weights, base)
+        backbone = base.backbone
+        backbone.criteria, backbone.captions = self.data.criteria, sorted(set(self.data.captions))
+        self.base = SDModel(backbone)
+
+    def path(self, name):
+        return self.out / f"{name}.pt"
+
+    def sources(self):
+        return {"data": self.data.digest(), "prediction": self.base.diffusion.prediction}
+
+    def given(self, name):
+        if name == "base":
+            return self.base
+        path, lora_file = self.out / f"{name}.safetensors", self.settings.weights.lora
+        if lora_file:
+            print(f"{lora_file}: used as it is")
+            return with_lora(self.base, lora_file)
+        if path.is_file() and not self.path(name).is_file():
+            # brought from elsewhere, or its checkpoint, which would tell, was deleted
+            print(f"{path}: used as it is; delete it to train another")
+            return with_lora(self.base, path)
+        return None
+
+    def stored(self, name, base):
+        path = self.out / f"{name}.safetensors"           # only written when it is ready
+        if not path.is_file():
+            return None
+        return path, with_lora(base, path), load_checkpoint(self.path(name)).get("made_of")
+
+    def new_base(self):
+        raise AssertionError("the base of Stable Diffusion is a file, see given()")
+
+    def trainable(self, base):
+        return base.with_adapter(self.settings.weights.rank, self.settings.common.seed)
+
+    def publish(self, model, name):
+        path = self.out / f"{name}.safetensors"
+        lora.save(model.adapter, path)
+        lora.save(model.adapter, self.out / f"{name}_kohya.safetensors", "kohya")
+        print(f"{path} written")
+        return with_lora(self.base, path) if name == "auxiliary" else model
+
+    def pictures(self, name):
+        how = self.settings.report
+
+        def paint(average, step):
+            captions = [self.base.captions[i % len(self.base.captions)] for i in range(4)]
+            images = np.concatenate([
+                to_images(model.sample(captions, guidance=how.guidance, steps=how.sampling_steps,
+                                       seed=self.settings.common.seed))
+                for model in (self.base, average)])
+            save_grid(self.out / "samples" / f"{name}_{step:05d}.png", images, captions * 2,
+                      columns=4, zoom=1, titles=["base", f"{name}, step {step}"])
+        return paint
+
+    def wants_auxiliary(self):
+        return bool(self.settings.weights.lora)           # as the judge of --method sft
+
+    def report(self, base, auxiliary, target, seconds):
+        held = held_out(self.data)
+        # so that every timestep bin is measured
+        evenly = self.settings.changed(method="cpo", lean=1.0)
+        step = alignment_step(evenly, held, base, auxiliary)
+        columns = self.data.criteria.columns(self.settings.cpo.criteria)
+        return report(self.settings, held, base, auxiliary, target, columns, step)
+
+
+# --- sample.py
+
+class StableDiffusionPainter:
+    """What sample.py asks of Stable Diffusion. --positive and --negative are phrases here: they
+    stand in the prompts as they did in training, the negative ones in the prompt to guide away
+    from."""
+    zoom, columns = 1, 4
+
+    def __init__(self, sampling, weights):
+        self.sampling = sampling
+        if sampling.judge:
+            raise ValueError("--judge: the critic knows the painter's pictures only; leave it out "
+                             "with --weights")
+        if "all" in (*sampling.positive, *sampling.negative):
+            raise ValueError("--positive all and --negative all: a base knows no tree; with "
+                             "--weights name the phrases")
+        model = open_base(weights, sampling.device)
+        self.model = with_lora(model, weights.lora, merge_text=True) if weights.lora else model
+        self.captions = sampling.caption or [""]
+
+    def prompts(self, captions):
+        """captions: N -> (N Prompts, N Prompts to guide away from; None: the empty prompt)."""
+        good, bad = tuple(self.sampling.positive), tuple(self.sampling.negative)
+        # without guidance one prompt carries both sides
+        beside = bad if self.sampling.guidance == 1 else ()
+        return ([Prompt(c, good, beside) for c in captions],
+                [Prompt(c, (), bad) for c in captions] if bad else None)
+
+    def labels(self, images, captions):
+        """What stands under each picture."""
+        return captions

@@ -1,0 +1,1 @@
+"""The toy world: a painter whose attributes are known, a critic that reads them from pixels."""

@@ -1,0 +1,112 @@
+"""Count what a model paints: #A_neg and #A_pos (negative and positive attributes in a picture),
+caption accuracy, diversity, Fréchet distance; all by the critic, from pixels.
+
+This is exact because the critic knows the painter. What can be said of real pictures is in
+nanocpo/sd/report.py.
+"""
+from functools import cache
+
+import numpy as np
+
+from ..data import to_images
+from ..utils.report import interval
+from .critic import judge, unmeasured
+from .paintings import from_painter
+
+
+def all_prompts(criteria, captions):
+    """For each caption three Prompts: plain, with every positive attribute, with every
+    negative one."""
+    ones = np.ones(len(criteria), np.int8)
+    return tuple([criteria.prompt(caption, sign * ones) for caption in captions]
+                 for sign in (0, 1, -1))
+
+
+def diversity(images, captions):
+    """Mean over captions of the mean distance between two pictures of one caption (root mean square
+    over pixels, in [0, 1])."""
+    out = []
+    for caption in sorted(set(captions)):
+        x = images[[c == caption for c in captions]].reshape(captions.count(caption), -1) / 255.0
+        square = (x ** 2).sum(1)
+        distance = np.maximum(square[:, None] + square - 2 * x @ x.T, 0) / x.shape[1]
+        if len(x) > 1:
+            out.append(np.sqrt(distance).sum() / (len(x) * (len(x) - 1)))
+    return float(np.mean(out)) if out else 0.0
+
+
+def frechet(a, b):
+    """Fréchet distance between Gaussians fitted to two sets of vectors (N, D), (M, D) (1706.08500,
+    equation 6)."""
+    mean, cov = zip(*((x.mean(0), np.atleast_2d(np.cov(x, rowvar=False))) for x in (a, b)))
+    values, vectors = np.linalg.eigh(cov[0])
+    # sqrt(S_a); tr sqrt(S_a S_b) is that of the symmetric root S_b root
+    root = (vectors * np.sqrt(np.maximum(values, 0))) @ vectors.T
+    cross = np.sqrt(np.maximum(np.linalg.eigvalsh(root @ cov[1] @ root), 0)).sum()
+    return float(((mean[0] - mean[1]) ** 2).sum() + np.trace(cov[0]) + np.trace(cov[1]) - 2 * cross)
+
+
+def measure_row(images, captions, criteria, real):
+    """Pictures uint8 (N, 32, 32, 3) and the captions they were asked for -> a dict of numbers
+    (one row of the report). real: the Verdicts of held-out all-positive paintings, for the
+    Fréchet distance."""
+    verdicts = judge(images, criteria)
+    negative = verdicts.signs < 0                                                    # (N, leaves)
+    neg, neg_ci = interval(negative.sum(1))
+    pos, pos_ci = interval((~negative).sum(1))
+    return {"neg": neg, "neg_ci": neg_ci, "pos": pos, "pos_ci": pos_ci,
+            "caption": float(np.mean([a == b for a, b in zip(verdicts.captions, captions)])),
+            "diversity": diversity(images, list(captions)),
+            "frechet": frechet(np.clip(verdicts.scores, -3, 3), np.clip(real.scores, -3, 3)),
+            "by_root": {root.name: float(negative[:, criteria.columns(root.name)].sum(1).mean())
+                        for root in criteria.roots},
+            "by_leaf": {leaf.name: float(share)
+                        for leaf, share in zip(criteria.leaves, negative.mean(0))}}
+
+
+@cache
+def real_positive(criteria, count, seed=0):
+    """Held-out paintings with every leaf positive, of random captions: (row, Verdicts). Never
+    trained on."""
+    data = from_painter(criteria, count, "positive", seed=10 ** 6 + seed)
+    verdicts = judge(data.images, criteria)
+    return measure_row(data.images, data.captions, criteria, verdicts), verdicts
+
+
+def unfit(data):
+    """Why the critic cannot judge what a model of these data paints, or ""; it looks at names, then
+    at some of the pictures."""
+    missing = unmeasured(data.criteria, data.captions)
+    if missing:
+        return f"the critic has no measure for {', '.join(missing)}"
+    some = data.take(range(min(len(data), 64)))
+    agrees = (judge(some.images, data.criteria).signs == some.annotations)[some.annotations != 0]
+    if agrees.size and agrees.mean() < 0.8:
+        return (f"the critic agrees with {agrees.mean():.0%} of the annotations only, "
+                "so these pictures are not of its painter's kind")
+    return ""
+
+
+def evaluate(models, samples=512, seed=0, steps=12, guidance=2.0):
+    """{row name: (model, kind)} of one tree and its captions -> the report: {"rows": {name: row},
+    "real_positive": row, ...}, and {name: images}.
+
+    kind: "plain" (the caption only), "prompted" (every positive attribute in the prompt), "guided"
+    (the same, guided away from every negative one). All rows start from the same noise. Raises
+    ValueError if the critic has no measure for the tree."""
+    first, _ = next(iter(models.values()))
+    missing = unmeasured(first.criteria, first.captions)
+    if missing:
+        raise ValueError(f"the critic has no measure for {', '.join(missing)}")
+    asked = [first.captions[i % len(first.captions)] for i in range(samples)]
+    plain, positive, negative = all_prompts(first.criteria, asked)
+    reference, real = real_positive(first.criteria, samples, seed)
+    rows, pictures = {}, {}
+    for name, (model, kind) in models.items():
+        prompts = plain if kind == "plain" else positive
+        images = model.sample(prompts, negative if kind == "guided" else None,
+                              guidance if kind == "guided" else 1.0, steps, seed=seed)
+        pictures[name] = to_images(images)
+        rows[name] = measure_row(pictures[name], asked, first.criteria, real)
+    return {"rows": rows, "real_positive": reference, "samples": samples, "seed": seed,
+            "sampling_steps": steps}, pictures

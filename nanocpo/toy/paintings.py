@@ -1,0 +1,40 @@
+"""The toy's data set: paintings by painter.py, with the verdicts of an expert who looks at most of
+the attributes of each."""
+import math
+
+import numpy as np
+from tqdm import tqdm
+
+from ..criteria import Criteria
+from ..data import Paintings
+from .painter import CAPTIONS, paint
+
+REGIMES = ("flawed", "mixed")               # what --data can be beside a folder
+
+
+def from_painter(criteria=None, count=10000, regime="flawed", judged=0.9, seed=0):
+    """Paint `count` pictures -> Paintings. regime "flawed": at least a third of the leaves of each
+    is judged negative, so that no masterpiece exists to imitate; "mixed": independent states;
+    "positive": all states positive (to compare with). judged: the share of leaves that the expert
+    judged (each picture activates its own subset, 2601.04300; the share is ours)."""
+    criteria = criteria or Criteria.load()
+    names = [leaf.name for leaf in criteria.leaves]
+    if regime not in (*REGIMES, "positive"):
+        raise ValueError(f"regime is flawed, mixed or positive, not '{regime}'")
+    if count < 1 or not 0.5 <= judged <= 1:
+        raise ValueError(f"count must be at least 1 (is {count}) and judged between 0.5 and 1 "
+                         f"(is {judged})")
+    images, captions, annotations = [], [], []
+    for i in tqdm(range(count), desc="painting", leave=False, disable=count < 5000, mininterval=2):
+        rng = np.random.default_rng((seed, i))
+        captions.append(CAPTIONS[rng.integers(len(CAPTIONS))])
+        while True:                         # rejection: what remains is as random as it can be
+            states = (np.ones(len(names), np.int8) if regime == "positive"
+                      else rng.choice(np.array([-1, 1], np.int8), len(names)))
+            seen = rng.random(len(names)) < judged
+            annotation = np.where(seen, states, 0).astype(np.int8)
+            if regime != "flawed" or (annotation < 0).sum() >= math.ceil(len(names) / 3):
+                break
+        annotations.append(annotation)
+        images.append(paint(captions[-1], dict(zip(names, states)), (seed, i, 1)))
+    return Paintings(criteria, np.stack(images), captions, np.stack(annotations))

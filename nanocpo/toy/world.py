@@ -1,0 +1,150 @@
+"""The toy as a world (see World in nanocpo/run/stages.py): paintings or a folder of small pictures,
+a small model trained from nothing, the critic's report."""
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from ..criteria import Criteria
+from ..data import to_images
+from ..folder.reading import from_folder
+from ..model import Model, load_model
+from ..utils.checkpoint import CURE, is_finished, load_checkpoint, use_again
+from ..utils.cli import pick_device
+from ..utils.grid import save_grid
+from .critic import judge, unmeasured
+from .evaluate import all_prompts, unfit
+from .paintings import REGIMES, from_painter
+from .report import report
+
+KINDS = ("plain", "positive", "negative")   # of prompts, a row of the auxiliary's grids each
+
+
+class Toy:
+    """Raises ValueError (or its DataError, CriteriaError) with the cure where the data that the
+    settings name cannot be used."""
+    cure = CURE
+
+    def __init__(self, settings, data=None):
+        """data: instead of what the settings name, as a study degrades it."""
+        self.settings, self.autocast = settings, settings.common.bf16
+        self.device = pick_device(settings.common.device)
+        self.painted = data is None and settings.common.data in REGIMES
+        if data is not None:
+            self.data = data
+
+    @cached_property
+    def data(self):
+        common = self.settings.common
+        criteria = Criteria.load(common.tree) if common.tree else None
+        if self.painted:
+            return from_painter(criteria, common.count, common.data, seed=common.seed)
+        return from_folder(common.data, criteria, skip_bad=common.skip_bad)
+
+    def path(self, name):
+        return Path(self.settings.common.out) / f"{name}.pt"
+
+    def sources(self):
+        """Painted data are the same, of any seed and number, if they are flawed or mixed alike."""
+        named = self.settings.common.data
+        return {"data": named if self.painted else self.data.digest()}
+
+    def given(self, name):
+        if name != "base" or not self.settings.sft.base:
+            return None
+        path = self.settings.sft.base
+        return self._load(path, load_checkpoint(path), "choose another --base")
+
+    def stored(self, name, base):
+        path = self.path(name)
+        content = load_checkpoint(path) if path.exists() else None
+        if content is None or not is_finished(content):
+            return None
+        return path, self._load(path, content), content.get("made_of")
+
+    def _load(self, path, content, cure=CURE):
+        """The model of a checkpoint, which must know the tree and all captions of the data."""
+        model = load_model(path, self.device, content)
+        use_again(path, {"tree": content["criteria"], "captions": sorted(model.captions)},
+                  {"tree": self.data.criteria.to_dict(),
+                   "captions": sorted({*model.captions, *self.data.captions})}, cure=cure)
+        return model
+
+    def new_base(self):
+        torch.manual_seed(self.settings.common.seed)
+        return Model(self.data.criteria, sorted(set(self.data.captions))).to(self.device)
+
+    def trainable(self, base):
+        return base.frozen_copy().requires_grad_(True)
+
+    def publish(self, model, name):
+        return model
+
+    def pictures(self, name):
+        common, kinds = self.settings.common, KINDS if name == "auxiliary" else KINDS[:1]
+
+        def paint(average, step):
+            captions = [average.captions[i % len(average.captions)] for i in range(8)]
+            prompts = dict(zip(KINDS, all_prompts(average.criteria, captions)))
+            images = np.concatenate([to_images(average.sample(prompts[kind], seed=common.seed))
+                                     for kind in kinds])
+            save_grid(Path(common.out) / "samples" / f"{name}_{step:05d}.png", images,
+                      captions * len(kinds),
+                      titles=[f"{name}, step {step}: {kind} prompt" for kind in kinds])
+        return paint
+
+    def wants_auxiliary(self):
+        return True                         # its rows stand in every report
+
+    def report(self, base, auxiliary, target, seconds):
+        reason = unfit(self.data)
+        if reason:
+            print(f"no report: {reason}; look at OUT/samples and the log instead")
+            return None
+        settings = self.settings
+        return report(settings.common.out, settings.cpo.name, base, auxiliary, target,
+                      settings.report, settings.common.seed, seconds)
+
+
+# --- sample.py
+
+class ToyPainter:
+    """What sample.py asks of the toy: a checkpoint, prompts from captions and attributes, labels.
+    Raises ValueError where --judge is asked of what the critic cannot measure."""
+    zoom = 5
+
+    def __init__(self, sampling):
+        self.sampling = sampling
+        self.model = load_model(sampling.checkpoint, sampling.device)
+        self.captions = sampling.caption or self.model.captions
+        self.columns = max(sampling.count, 4)
+        missing = unmeasured(self.model.criteria, self.model.captions)
+        if sampling.judge and missing:
+            raise ValueError(f"--judge: the critic has no measure for {', '.join(missing)}; leave "
+                             "it out")
+
+    def prompts(self, captions):
+        """captions: N -> (N Prompts, N Prompts to guide away from)."""
+        criteria, sampling = self.model.criteria, self.sampling
+        good, bad = ([leaf.name for leaf in criteria.leaves] if words == ["all"] else list(words)
+                     for words in (sampling.positive, sampling.negative))
+        beside = bad if sampling.guidance == 1 else []    # without guidance one prompt has both
+        return ([criteria.prompt(c, criteria.annotation(good, beside)) for c in captions],
+                [criteria.prompt(c, criteria.annotation((), bad)) for c in captions])
+
+    def labels(self, images, captions):
+        """What stands under each picture; with --judge the critic's verdict, and its means are
+        printed."""
+        if not self.sampling.judge:
+            return list(captions)
+        criteria, labels = self.model.criteria, []
+        verdicts = judge(images, criteria)
+        for caption, signs, seen in zip(captions, verdicts.signs, verdicts.captions):
+            faults = [leaf.negative for leaf, sign in zip(criteria.leaves, signs) if sign < 0]
+            labels.append("\n".join([f"{caption}: seen {seen}",
+                                     f"{len(faults)} of {len(criteria)} negative"] + faults))
+        right = [a == b for a, b in zip(captions, verdicts.captions)]
+        print(f"#A_neg {np.mean((verdicts.signs < 0).sum(1)):.2f} of {len(criteria)}, caption "
+              f"{np.mean(right):.2f}")
+        return labels

@@ -1,0 +1,1 @@
+"""Tools that know nothing of the method: files, flags, picture grids, the optimiser."""

@@ -1,0 +1,309 @@
+"""Stable Diffusion as a world: what the flags open, both stages end to end with diffusers as judge,
+what is used again and what is refused."""
+import functools
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import sample
+import sd_tiny
+import train_cpo
+import train_sft
+from sd_tiny import moved, tiny
+from nanocpo.criteria import Criteria, Prompt
+from nanocpo.run import stages
+from nanocpo.run.flags import parse_sampling, parse_training
+from nanocpo.run.settings import STABLE_DIFFUSION, Weights
+from nanocpo.run.stages import ready_auxiliary, stage_2, train
+from nanocpo.sd import latents, lora, world
+from nanocpo.sd.latents import LatentPaintings, load_latents
+from nanocpo.sd.model import SDModel
+from nanocpo.sd.world import StableDiffusion, StableDiffusionPainter, open_base, with_lora
+from nanocpo.toy.paintings import from_painter
+from nanocpo.utils.checkpoint import fingerprint, load_checkpoint
+
+# of train_cpo.py only
+ALIGN = ["--lr", "0.5", "--steps", "2", "--samples", "0", "--sampling-steps", "1"]
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    pytest.importorskip("diffusers"), pytest.importorskip("safetensors")
+    return sd_tiny.files(tmp_path_factory.mktemp("files"))
+
+
+# ---- what the flags open
+
+def test_a_base_is_opened_as_the_flags_say(monkeypatch):
+    seen, data = [], from_painter(count=1)
+    monkeypatch.setattr(world, "load_parts",
+                        lambda *asked: seen.append(asked) or tiny().backbone.parts)
+    monkeypatch.setattr(world, "load_latents", lambda *asked: data)
+    common = ["--weights", "w", "--device", "cpu"]
+
+    def to_train(*more):
+        return StableDiffusion(parse_training("", [*common, *more], ("common", "sft"))).base
+
+    def to_sample(*more):
+        return StableDiffusionPainter(*parse_sampling("", [*common, *more])).model
+    block = to_train("--variant", "fp16", "--bf16", "--checkpointing", "--prediction", "v",
+                     "--config", "c", "--tokenizer", "t").backbone.parts.unet.mid_block
+    assert (seen == [("w", "c", "t", "fp16", torch.bfloat16, "v")]
+            and isinstance(block.step, functools.partial))
+    block = to_sample("--dtype", "float16").backbone.parts.unet.mid_block
+    assert (not isinstance(block.step, functools.partial)
+            and seen[1] == ("w", None, None, None, torch.float16, None))
+    for flag in ("--resolution", "--bucket-step"):
+        for opened in (to_train, to_sample):
+            with pytest.raises(ValueError, match=f"{flag} 100 must be a multiple of 8"):
+                opened(flag, "100")
+
+
+def test_samples_go_towards_the_positive_and_away_from_the_negative(files, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(SDModel, "sample",
+                        lambda self, *asked: seen.append(asked) or torch.zeros(1, 3, 64, 64))
+    flags = ["--weights", str(files[0]), "--prompt", "a boat", "--positive", "good light",
+             "--negative", "blur", "--eta", "0.5", "--steps", "3", "--seed", "4",
+             "--resolution", "64", "--device", "cpu", "--out", str(tmp_path / "x.png")]
+    sample.main(flags)
+    sample.main([*flags, "--guidance", "1"])
+    assert seen[0] == ([Prompt("a boat", ("good light",))], [Prompt("a boat", (), ("blur",))],
+                       7.5, 3, 0.5, 4)
+    assert seen[1][0] == [Prompt("a boat", ("good light",), ("blur",))] and seen[1][2] == 1
+    with pytest.raises(ValueError, match="name the phrases"):
+        sample.main([*flags, "--positive", "all"])
+
+
+def test_an_adapter_of_the_text_encoder(files, tmp_path):
+    # in the names of peft and of kohya: merged for sampling, refused for training, where the three
+    # models share the encoder
+    from safetensors.torch import save_file
+    a, b = torch.randn(2, 24), torch.randn(24, 2)
+    layer = "encoder.layers.1.self_attn.q_proj"
+    tensors = {"peft": {f"text_encoder.text_model.{layer}.lora_A.weight": a,
+                        f"text_encoder.text_model.{layer}.lora_B.weight": b},
+               "kohya": {f"lora_te_text_model_{layer.replace('.', '_')}.lora_down.weight": a,
+                         f"lora_te_text_model_{layer.replace('.', '_')}.lora_up.weight": b}}
+    for name, state in tensors.items():
+        save_file(state, tmp_path / f"{name}.safetensors")
+        base = open_base(Weights(str(files[0]), resolution=64), "cpu")
+        with pytest.raises(ValueError, match="adapts the text encoder too"):
+            with_lora(base, tmp_path / f"{name}.safetensors")
+        encoder = base.backbone.parts.encoders[0]
+        before, context = (encoder.get_parameter(f"{layer}.weight").clone(),
+                           base.text.tokens(["a boat"])[0])
+        model = with_lora(base, tmp_path / f"{name}.safetensors", merge_text=True)
+        torch.testing.assert_close(encoder.get_parameter(f"{layer}.weight"), before + b @ a)
+        assert (model.text.tokens(["a boat"])[0] - context).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("size, side", [(None, 512), (64, 512), (96, 768), (128, 1024)])
+def test_pictures_are_as_large_as_those_that_the_base_was_trained_on(files, tmp_path, monkeypatch,
+                                                                     size, side):
+    """Unless told otherwise. The tiny VAE halves the sides three times, as the real ones do."""
+    shutil.copytree(files[0], tmp_path / "weights")
+    config = tmp_path / "weights" / "unet" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"sample_size": size}))
+    asked = []                              # of the sizes of the data's latents: they agree
+    monkeypatch.setattr(latents, "buckets", lambda *sizes: asked.append(sizes) or [(64, 64)])
+    for more, expected in (([], side), (["--resolution", "64"], 64)):
+        settings = parse_training("", ["--weights", str(tmp_path / "weights"), "--device", "cpu",
+                                       "--data", str(files[1]), *more], ("common",))
+        base = open_base(settings.weights, "cpu")
+        assert base.backbone.size == (expected, expected)
+        load_latents(settings.common, settings.weights, base)
+        assert asked[-1] == (expected, 64)
+
+
+def test_flags_that_do_not_go_together(files, tmp_path):
+    common = sd_tiny.flags(files, tmp_path)
+    for more, words in ((["--dtype", "float16"], "is for sampling"),
+                        (["--method", "dpo"], "pairs of pictures"),
+                        (["--paint", "8"], "folder's own pictures"),
+                        (["--data", "flawed"], "folder with pictures"),
+                        (["--criteria", "Colour"], "no dimension 'Colour'"),
+                        (["--lora", "nowhere.safetensors"], "nowhere.safetensors: not found")):
+        with pytest.raises(ValueError, match=words):
+            train_cpo.main(common + more)
+    for flag in ("--rank", "--accumulate", "--bucket-step", "--resolution"):
+        with pytest.raises(SystemExit):
+            train_cpo.main(common + [flag, "0"])
+    with pytest.raises(ValueError, match="nowhere: --config is a folder"):
+        train_cpo.main(common + ["--config", "nowhere"])
+    assert not list(tmp_path.rglob("auxiliary*"))                 # nothing was trained before
+    with pytest.raises(ValueError, match="nowhere: not found"):
+        train_sft.main(["--weights", "nowhere"])
+
+
+# ---- both stages
+
+def test_both_stages_end_to_end_and_diffusers_paints_the_same(files, tmp_path, capsys):
+    pytest.importorskip("peft")
+    common = sd_tiny.flags(files, tmp_path)
+    base, auxiliary = train_sft.main(common)
+    assert (base.adapter is None and auxiliary.backbone is base.backbone
+            and max(b.abs().max() for b in auxiliary.adapter.B) > 1e-3)
+    log = json.loads((tmp_path / "auxiliary.jsonl").read_text().splitlines()[-1])
+    assert log["step"] == 2 and log["loss"] > 0
+    adapter = tmp_path / "auxiliary.safetensors"
+    written = adapter.stat().st_mtime_ns
+
+    report = train_cpo.main(common + ALIGN
+                            + ["--checkpointing", "--sample-every", "2", "--samples", "2"])
+    assert adapter.stat().st_mtime_ns == written           # it was there, and used again
+    assert ((tmp_path / "samples" / "target_00002.png").is_file()
+            and Image.open(tmp_path / "report.png").width == 2 * 68 + 4)
+    # pictures 8 and 9 of twelve
+    assert report == json.loads((tmp_path / "report.json").read_text()) and report["held_out"] == 2
+    assert (report["log_ratio"]["target"] != report["log_ratio"]["base"]
+            and set(report["errors"]) >= {"target", "auxiliary_told"})
+    first = json.loads((tmp_path / "target.jsonl").read_text().splitlines()[0])
+    assert first["loss"] == pytest.approx(np.log(2), abs=1e-3)  # target and reference start as one
+    assert {"winner", "margin", "gap", "lam"} <= first.keys()
+
+    own, other = ["--lora", str(adapter)], ["--lora", str(tmp_path / "target_kohya.safetensors")]
+    half = ["--name", "half", "--criteria", "Color Relations", "--dtype", "bfloat16"]
+    # rounded, base and latents are others, for which an adapter is only used if a flag names it
+    with pytest.raises(ValueError,
+                       match="auxiliary.safetensors belongs to another run .base, data.; "
+                             "choose another --out, or delete the file; as --lora"):
+        train_cpo.main(common + ALIGN + half)
+    for name, more in (("half", [*half, *own]),
+                       ("esd", ["--method", "esd", *other]),
+                       ("sft", ["--method", "sft", "--best", "0.5"])):
+        line = train_cpo.main(common + ALIGN + ["--name", name, *more])
+        assert (line["step"] == 2 and ("margin" in line) == (name == "half")
+                and (tmp_path / f"{name}.safetensors").is_file())
+        assert not (tmp_path / f"report_{name}.json").exists()
+
+    # both stages in one call, and then again
+    train_cpo.main(sd_tiny.flags(files, tmp_path / "one") + ALIGN)
+    train_cpo.main(sd_tiny.flags(files, tmp_path / "one") + ALIGN + ["--resume"])
+    target = tmp_path / "target.safetensors"
+    before = target.read_bytes()
+    train_cpo.main(common + ALIGN + ["--resume"])  # the same run, which is finished
+    assert target.read_bytes() == before
+    listing = files[1] / "metadata.jsonl"
+    rows = listing.read_text()
+    for more, what, text in ((["--stabilizer", "none"], "stabilizer, strength", rows),
+                             (["--rank", "3"], "rank", rows), (other, "auxiliary", rows),
+                             ([], "data", "\n".join(rows.splitlines()[::-1])),
+                             (["--prediction", "v"], "prediction", rows)):
+        listing.write_text(text)
+        capsys.readouterr()
+        run = common + ALIGN + ["--resume", *more]
+        if what in ("data", "prediction"):
+            # the auxiliary itself would be the wrong one, unless a flag names it
+            with pytest.raises(ValueError, match="auxiliary.safetensors belongs to another run "
+                                                 f".{what}.; choose another --out, or delete"):
+                train_cpo.main(run)
+            run += own
+        with pytest.raises(ValueError, match=f"target.pt belongs to another run .{what}.; resume "
+                                             "with the same flags and data"):
+            train_cpo.main(run)
+        listing.write_text(rows)
+        # it is used, but not silently
+        used = "auxiliary.safetensors is used as it is (rank 2, not 3); delete it to train another"
+        assert (used in capsys.readouterr().out) == (what == "rank")
+
+    pipe = files[2]
+    for name in ("target.safetensors", "target_kohya.safetensors"):
+        ours = sample.main(["--weights", str(files[0]), "--lora", str(tmp_path / name),
+                            "--prompt", "a boat", "--resolution", "64", "--steps", "2",
+                            "--seed", "7", "--device", "cpu", "--out", str(tmp_path / "x.png")])
+        noise = torch.randn(4, 8, 8, generator=torch.Generator().manual_seed(7))[None].double()
+        pipe.load_lora_weights(tmp_path, weight_name=name)
+        theirs = pipe(prompt="a boat", num_inference_steps=2, guidance_scale=7.5, latents=noise,
+                      height=64, width=64, output_type="np").images
+        pipe.unload_lora_weights()
+        plain = pipe(prompt="a boat", num_inference_steps=2, guidance_scale=7.5, latents=noise,
+                     height=64, width=64, output_type="np").images
+        assert (ours.shape == (1, 64, 64, 3) and np.abs(theirs * 255 - ours).max() <= 1
+                and np.abs(theirs - plain).max() > 0.02)
+
+
+# ---- stage 2 as train_cpo.py runs it, on random latents
+
+CRITERIA = Criteria.load().select("Color Relations")                             # short prompts
+STAGE_2 = ["--weights", "unused", "--device", "cpu", "--steps", "1", "--sft-steps", "1",
+           "--sampling-steps", "1", "--accumulate", "1", "--rank", "2"]
+
+
+@pytest.fixture
+def opened(monkeypatch):
+    """(data, base) in the place of what --weights and --data would open."""
+    pytest.importorskip("safetensors")
+    data, base = sd_tiny.random_data(CRITERIA, 20)
+    monkeypatch.setattr(world, "open_base", lambda *asked: base)
+    monkeypatch.setattr(world, "load_latents", lambda *asked: data)
+    return data, base
+
+
+def test_each_part_of_the_data_has_its_use(opened, tmp_path, monkeypatch):
+    """Sixteen of the twenty pictures train the auxiliary and the target; the report's log is of the
+    four that are held out, taken once."""
+    drawn, taken, batch, take = [], [], LatentPaintings.batch, LatentPaintings.take
+    monkeypatch.setattr(LatentPaintings, "batch",
+                        lambda self, indices: drawn.append(len(self)) or batch(self, indices))
+    monkeypatch.setattr(LatentPaintings, "take",
+                        lambda self, indices: taken.append(list(indices)) or take(self, indices))
+    got = train_cpo.main([*STAGE_2, "--out", str(tmp_path), "--samples", "2", "--criteria", "Hue"])
+    assert drawn[:2] == [16, 16] and len(drawn) > 2 and set(drawn[2:]) == {4}
+    assert (taken.count([8, 9, 18, 19]) == 1 and got["held_out"] == 4
+            and got["cpo"]["margin"] is not None)
+
+
+def test_the_files_hold_the_averaged_adapter(opened, tmp_path):
+    train_cpo.main([*STAGE_2, "--out", str(tmp_path), "--samples", "0"])
+    model, state = opened[1].with_adapter(2), load_checkpoint(tmp_path / "target.pt")
+    assert any(not torch.equal(state["ema"][name], x) for name, x in state["model"].items())
+    model.load_state_dict(state["ema"])
+    for file in ("target", "target_kohya"):
+        got = lora.load(tmp_path / f"{file}.safetensors",
+                        {"unet": opened[1].backbone.parts.unet})["unet"]
+        assert got.keys() == model.adapter.pairs().keys()
+        assert all(torch.equal(x, y) for name, pair in model.adapter.pairs().items()
+                   for x, y in zip(got[name], pair))
+
+
+@pytest.mark.parametrize("method", ["esd", "sft"])
+def test_every_method_ends_with_a_report(opened, tmp_path, method):
+    lora.save(moved(opened[1].with_adapter(2)).adapter, tmp_path / "judge.safetensors")
+    got = train_cpo.main([*STAGE_2, "--out", str(tmp_path), "--samples", "2", "--method", method,
+                          "--lora", str(tmp_path / "judge.safetensors")])
+    assert got["cpo"]["margin"] is not None and got["cpo"]["winner"] > 0
+
+
+def test_a_stage_trains_as_its_flags_say(opened, tmp_path, monkeypatch):
+    seen, (_, base) = {}, opened
+    monkeypatch.setattr(stages, "fit", lambda model, step, recipe, path, **named: (
+        seen.update(named) or (model, {})))
+    made = StableDiffusion(STABLE_DIFFUSION.changed(
+        out=str(tmp_path), device="cpu", rank=2, seed=3, accumulate=3, batch=1, resume=True,
+        save_every=7, sample_every=5))
+    train(made, "x", made.trainable(made.base), 1, 1e-3, None, {"made": "of"})
+    assert (seen["accumulate"], seen["seed"], seen["resume"], seen["save_every"],
+            seen["sample_every"]) == (3, 3, True, 7, 5)
+    assert seen["made_of"]["made"] == "of"
+    parts = base.backbone.parts
+    for stage in (lambda: ready_auxiliary(made, made.base),
+                  lambda: stage_2(made, made.base, made.trainable(made.base))):
+        seen.clear()
+        stage()
+        assert seen["made_of"]["base"] == fingerprint(parts.unet, *parts.encoders)
+
+
+def test_an_auxiliary_without_its_checkpoint_is_used(opened, tmp_path, capsys):
+    # brought from elsewhere, or its .pt was deleted: training would overwrite it
+    path = tmp_path / "auxiliary.safetensors"
+    lora.save(moved(opened[1].with_adapter(2)).adapter, path)
+    before = path.read_bytes()
+    train_cpo.main([*STAGE_2, "--out", str(tmp_path), "--samples", "0"])
+    assert (path.read_bytes() == before and not path.with_suffix(".pt").exists()
+            and (tmp_path / "target.safetensors").is_file())
+    assert f"{path}: used as it is; delete it to train another" in capsys.readouterr().out

@@ -1,0 +1,144 @@
+"""Settings, the flags that are made of them, and what all commands share."""
+import argparse
+import json
+from dataclasses import fields
+
+import pytest
+import torch
+
+from toy_tiny import DATA, settings_of, tiny_model
+
+import train_cpo
+from nanocpo.criteria import CriteriaError
+from nanocpo.losses import RULES
+from nanocpo.run import stages
+from nanocpo.run.flags import parse_training
+from nanocpo.run.settings import STABLE_DIFFUSION, TOY, flat, record
+from nanocpo.toy.paintings import from_painter
+from nanocpo.toy.world import Toy
+from nanocpo.utils import cli
+from nanocpo.utils.cli import command, pick_device
+
+
+def test_a_stage_trains_as_its_flags_say(tmp_path, monkeypatch):
+    monkeypatch.setattr(stages, "fit", lambda *arguments, **named: (arguments, named))
+    settings = settings_of("--resume", "--bf16", "--accumulate", "2", "--seed", "3",
+                           "--save-every", "7", "--out", str(tmp_path))
+    (model, step, recipe, path), named = stages.train(
+        Toy(settings, DATA), "x", tiny_model(), 9, 1e-3, "step", {})
+    assert (step, recipe.steps, recipe.lr, path) == ("step", 9, 1e-3, tmp_path / "x.pt")
+    assert [named[key] for key in ("resume", "bf16", "accumulate", "seed", "save_every",
+                                   "sample_every")] == [True, True, 2, 3, 7, 0]
+    flawed, mixed = (Toy(settings_of("--data", regime, "--count", "200", "--seed", "3")).data
+                     for regime in ("flawed", "mixed"))
+    assert ((mixed.annotations < 0).sum(1).min() < len(mixed.criteria) / 3
+            and mixed.digest() == from_painter(count=200, regime="mixed", seed=3).digest())
+    assert flawed.digest() == from_painter(count=200, seed=3).digest()
+
+
+def test_a_branch_is_pulled_more_gently_unless_told_otherwise():
+    flags = ("", "--criteria Tone", "--strength 0 --beta 9",
+             "--criteria Tone --strength 0.9 --beta 2")
+    filled = [settings_of(*f.split()).cpo.filled() for f in flags]
+    assert ([(cpo.strength, cpo.beta) for cpo in filled]
+            == [(0.55, None), (0, 1), (0, 9), (0.9, 2)])
+    assert {cpo.stabilizer for cpo in filled} == {"constant"}
+
+
+def test_dpo_has_defaults_of_its_own():
+    for flags in ([], ["--criteria", "Tone"]):
+        cpo = settings_of("--method", "dpo", *flags).cpo.filled()
+        assert (cpo.stabilizer, cpo.beta) == ("none", 200)
+    cpo = settings_of("--method", "dpo", "--stabilizer", "safeguard", "--beta", "9").cpo.filled()
+    assert (cpo.stabilizer, cpo.beta) == ("safeguard", 9)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_a_rule_without_a_strength_takes_its_usual_one(rule):
+    for flags in ([], ["--method", "dpo"]):
+        usual = settings_of("--stabilizer", rule, *flags).cpo.filled()
+        assert (usual.stabilizer, usual.strength) == (rule, RULES[rule].strength)
+    told = settings_of("--stabilizer", rule, "--strength", "0.4").cpo.filled()
+    assert (told.stabilizer, told.strength) == (rule, 0.4)
+
+
+def test_esd_regresses_to_the_end_of_constant_whatever_the_stabilizer():
+    for flags in ([], ["--stabilizer", "none"], ["--stabilizer", "winner"]):
+        assert settings_of("--method", "esd", *flags).cpo.filled().strength == 0.55
+
+
+def test_changed_replaces_fields_of_any_part_and_the_record_has_those_that_decide():
+    settings = TOY.changed(seed=3, sft_lr=0.5, steps=7, samples=2, rank=4, no_field_at_all=1)
+    was, now = flat(TOY), flat(settings)
+    assert {name for name in now if now[name] != was[name]} == {"seed", "sft_lr", "steps",
+                                                                "samples", "rank"}
+    assert (settings.common.seed, settings.weights.rank, TOY.common.seed) == (3, 4, 0)
+    kept = record(settings.common, settings.cpo)
+    assert kept["seed"] == 3 and kept["steps"] == 7 and "sft_lr" not in kept
+    # where a result lies, and what is only looked at, decides nothing
+    assert not kept.keys() & {"out", "device", "resume", "save_every", "sample_every", "name"}
+
+
+def test_every_field_has_a_flag_and_the_flags_give_the_defaults(capsys):
+    for argv, settings in (([], TOY), (["--weights", "x"], STABLE_DIFFUSION.changed(weights="x"))):
+        parsed = parse_training("a test", ["--device", "cpu", *argv],
+                                ("common", "sft", "cpo", "report"))
+        assert flat(parsed) == flat(settings.changed(device=pick_device("cpu")))
+    with pytest.raises(SystemExit):
+        parse_training("a test", ["--help-all"], ("common", "sft", "cpo", "report"))
+    shown = capsys.readouterr().out
+    for part in (TOY.common, TOY.sft, TOY.cpo, TOY.report):
+        for f in fields(part):
+            assert f"--{f.name.replace('_', '-')}" in shown
+
+
+@pytest.mark.parametrize("flags, words", [
+    ("--name base", "name 'base'"), ("--name ./base", "no name for files"),
+    ("--name Auxiliary_guided", "is taken by"),
+    ("--strength 1", "'constant' needs less than 1"),
+    ("--method esd --strength 2", "'constant' needs less than 1"),
+    ("--method esd --stabilizer none --strength 1", "'constant' needs less than 1"),
+    ("--samples 1", "two pictures"), ("--steps 0", "--steps: must be above 0, not 0"),
+    ("--beta -1", "--beta: must be above 0"), ("--lr x", "--lr: invalid float value"),
+    ("--batch 0", "--batch: must be above 0"), ("--seed -1", "--seed: must be above -1"),
+    ("--lora x.safetensors", "--lora needs --weights"),
+    ("--device nonsense", "--device: torch cannot use nonsense")])
+def test_flags_that_make_no_sense_are_refused_before_anything_is_trained(
+        tmp_path, capsys, flags, words):
+    with pytest.raises(SystemExit):
+        train_cpo.main([*flags.split(), "--out", str(tmp_path / "out")])
+    assert words in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_an_unknown_branch_is_refused_before_anything_is_trained(tmp_path):
+    with pytest.raises(CriteriaError, match="no dimension 'Colour'"):
+        train_cpo.main(["--criteria", "Colour", "--count", "8", "--out", str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()
+
+
+def test_device_is_picked_once_and_can_be_named():
+    assert pick_device("cpu").type == "cpu" and pick_device("auto").type in ("cpu", "cuda", "mps")
+    with pytest.raises(argparse.ArgumentTypeError, match="torch cannot use nonsense"):
+        pick_device("nonsense")
+
+
+def test_what_the_user_can_mend_is_told_in_one_line_and_a_bug_with_its_traceback(monkeypatch):
+    def fails(error):
+        def main():
+            raise error
+        return main
+    for error in (CriteriaError("no dimension"), FileNotFoundError("no file"),
+                  FloatingPointError("diverged")):
+        with pytest.raises(SystemExit, match=f"^error: {error}$"):
+            command(fails(error))
+    with pytest.raises(SystemExit, match=r"^error: the GPU's memory is full: a smaller --batch "
+                                         r".*\(Tried to allocate 2 GiB\)$"):
+        command(fails(torch.cuda.OutOfMemoryError("Tried to allocate 2 GiB. "
+                                                  "GPU 0 has a total capacity of 1 GiB")))
+    for bug in (KeyError("a bug"), json.JSONDecodeError("no JSON, no file named", "", 0),
+                UnicodeDecodeError("utf-8", b"x", 0, 1, "bad")):
+        with pytest.raises(type(bug)):
+            command(fails(bug))
+    monkeypatch.setattr(cli.sys, "flags", argparse.Namespace(dev_mode=True))         # python -X dev
+    with pytest.raises(CriteriaError):
+        command(fails(CriteriaError("no dimension")))
