@@ -12,7 +12,7 @@ from einops import rearrange
 
 from .criteria import Criteria
 
-# Of every ten pictures: 80 / 10 / 10, as in the paper (as public digests tell).
+# Of every ten pictures: 80 / 10 / 10, as summaries of the paper report of it.
 SPLITS = {"train": range(0, 8), "validation": range(8, 9), "test": range(9, 10)}
 
 
@@ -65,7 +65,7 @@ class Paintings:
         return (self.annotations[:, columns] < 0).sum(1)
 
     def digest(self):
-        """A digest of all of it: when it is the same, so is what a model is shown."""
+        """A hash of all of it: when it is the same, so is what a model is shown."""
         digest = hashlib.sha256(repr((self.criteria.to_dict(), self.captions)).encode())
         for array in (*self.images, self.annotations):
             digest.update(np.ascontiguousarray(array))

@@ -37,7 +37,7 @@ def zero_terminal_snr(alpha_bar):
 
 def guide(positive, negative, scale):
     """Classifier-free guidance (2207.12598) from the negative prompt's prediction to the positive
-    one's, on all channels. Scale 1 is the positive prompt alone; scale 1 / (1 - k) is the limit
+    one's. Scale 1 is the positive prompt alone; scale 1 / (1 - k) is the limit
     of CPO's rule `constant` (E17)."""
     return negative + scale * (positive - negative)
 
@@ -49,7 +49,7 @@ class Diffusion:
     spacing: which timesteps are sampled; "power" is the toy's, "leading" and "trailing" are
     Stable Diffusion's. fixed_stride: where a step leads. False: to the next of these timesteps,
     and from the last to the picture, as in DDIM's paper; with eta 0 this is Euler's method on
-    the probability-flow ODE (in x / sqrt(alpha_bar) it is the line x0 + sigma eps), with eta 1
+    the probability-flow ODE (in x / sqrt(alpha_bar) it is a line in the noise level), with eta 1
     it is DDPM. True: to t - T // count, and from the last to alpha_bar_0, as Stable Diffusion's
     DDIM does."""
 
@@ -96,8 +96,8 @@ class Diffusion:
     def timesteps(self, count):
         """`count` different timesteps, falling. leading: multiples of T // count, plus 1;
         trailing: even parts from T-1 down. power: 1 - (i / count)^1.5 of T, so the first is pure
-        noise (2305.08891), and where few are asked for the noisy end, where hue and subject are
-        decided, takes the smaller steps (ours: 20 of these do what 60 even ones do,
+        noise (2305.08891). When there are few steps, those at the noisy end are the smaller ones,
+        because hue and subject are decided there (ours: 20 of these do what 60 even ones do,
         docs/log.md)."""
         most = self.steps - (self.spacing == "leading")      # leading adds 1, and T is no timestep
         if not 1 <= count <= most:
@@ -113,24 +113,24 @@ class Diffusion:
         extra = (self.steps - count) * (1 - (i / count) ** 1.5)
         return extra.round().long() + count - 1 - torch.arange(count)
 
-    def step(self, prediction, xt, now, a_next, eta=0.0, generator=None, clip=None):
+    def step(self, prediction, xt, now, alpha_bar_next, eta=0.0, generator=None, clip=None):
         """One step of the reverse process: x_t at timestep `now` (an int), and the model's
-        prediction there, -> a sample at the noise level a_next (alpha_bar, a scalar tensor).
+        prediction there, -> a sample at the noise level alpha_bar_next (a scalar tensor).
 
         eta 0 is DDIM (2010.02502, equation 12), eta 1 the posterior of DDPM (E6). Noise is added
-        unless the step leads to the picture itself (a_next = 1); it is drawn on the CPU, as the
-        generator's. clip: brings x0 back among the latents of pictures; None: no bounds."""
-        a_now = self.alpha_bar[now]
-        # which picture, and which noise in it, does the prediction imply?
+        unless the step leads to the picture itself (alpha_bar_next = 1); it is drawn on the CPU,
+        as the generator's. clip: brings x0 back among the latents of pictures; None: no bounds."""
+        here, there = self.alpha_bar[now], alpha_bar_next
+        # Which picture, and which noise in it, does the prediction imply?
         x0, eps = self.x0_and_eps(prediction, xt, torch.full((len(xt),), now, device=xt.device))
         if clip:
             x0 = clip(x0)
-            eps = (xt - a_now.sqrt().to(xt) * x0) / (1 - a_now).sqrt().to(xt)
-        # the same picture with less noise: a part of the old one, sigma of it new
-        sigma = eta * ((1 - a_next) / (1 - a_now) * (1 - a_now / a_next)).sqrt()
-        old = (1 - a_next - sigma ** 2).clamp(min=0).sqrt()
-        xt = a_next.sqrt().to(xt) * x0 + old.to(xt) * eps
-        if a_next < 1 and eta > 0:
+            eps = (xt - here.sqrt().to(xt) * x0) / (1 - here).sqrt().to(xt)
+        # The same picture with less noise: a part of the old one, sigma of it new.
+        sigma = eta * ((1 - there) / (1 - here) * (1 - here / there)).sqrt()
+        old = (1 - there - sigma ** 2).clamp(min=0).sqrt()
+        xt = there.sqrt().to(xt) * x0 + old.to(xt) * eps
+        if there < 1 and eta > 0:
             noise = torch.randn(xt.shape, generator=generator, dtype=xt.dtype)
             xt = xt + sigma.to(xt) * noise.to(xt.device)
         return xt
@@ -142,9 +142,10 @@ class Diffusion:
         times = self.timesteps(count).tolist()
         for now, following in zip(times, [*times[1:], None]):
             if self.fixed_stride:
-                a_next = self.alpha_bar[max(now - self.steps // count, 0)]
+                alpha_bar_next = self.alpha_bar[max(now - self.steps // count, 0)]
             else:
-                a_next = torch.tensor(1.0) if following is None else self.alpha_bar[following]
+                alpha_bar_next = (torch.tensor(1.0) if following is None
+                                  else self.alpha_bar[following])
             prediction = predict(xt, torch.full((len(xt),), now, device=xt.device))
-            xt = self.step(prediction, xt, now, a_next, eta, generator, clip)
+            xt = self.step(prediction, xt, now, alpha_bar_next, eta, generator, clip)
         return xt

@@ -6,11 +6,11 @@ Conventions, stated once (Diffusion-DPO's, 2311.12908):
   below is this mean;
 - the margin u carries the factor 1/2 and beta, which absorbs T * omega(t) (E7); log-sigmoid is
   taken per sample, then the mean over B;
-- `eps` is what the target predicts: noise, or velocity for a v-model. The formulas hold in either
-  space; for v the margin weighs timestep t by 1 / alpha_bar_t more than for eps, since
-  |dv|^2 = |d eps|^2 / alpha_bar_t at the same x_t (E16);
-- everything is computed in float32 at least, whatever comes in: z_w - z_l is small and would be
-  rounding noise in bfloat16.
+- `eps` is what the target predicts: noise, or velocity for a v-model, as the toy is. The formulas
+  hold in either space. With a fixed beta the margin of v is 1 / alpha_bar_t times that of eps,
+  since |dv|^2 = |d eps|^2 / alpha_bar_t at the same x_t; the default beta cancels it (E16);
+- everything is computed in float32 at least, whatever comes in: z_win - z_lose (z_w - z_l in the
+  docs) is small and would be rounding noise in bfloat16.
 
 logs: {name: detached tensor (B,)}. The mask `valid` marks samples that count.
 """
@@ -52,7 +52,7 @@ def sft_loss(eps, goal):
     return loss.mean(), {"loss": loss.detach()}
 
 
-# --- the stabilisers: how far the loser's gradient is held back
+# --- the stabilisers: which share lam of the loser's gradient is kept
 
 def _safeguard(win, lose, dot, mu):
     lam = ((1 - mu) * win / dot.clamp(min=1e-30)).clamp(max=1)
@@ -60,13 +60,14 @@ def _safeguard(win, lose, dot, mu):
     return torch.where(win == 0, torch.zeros_like(win), lam)   # at the winner nothing moves
 
 
-def _balance(win, lose, dot, share):
-    return share * (win / lose.clamp(min=1e-30)).sqrt()
+def _balance(win, lose, dot, strength):
+    return strength * (win / lose.clamp(min=1e-30)).sqrt()
 
 
 class Rule(NamedTuple):
     """One stabiliser: lam (B,) from |g_win|^2, |g_lose|^2, <g_win, g_lose> (each (B,)) and its
-    strength; the strength that it usually has (ours, docs/log.md); what it promises (E10-E15)."""
+    strength; the strength that it usually has (ours, docs/log.md); what it promises (E10-E15).
+    More strength keeps more of the loser's push, but for `safeguard`, where it keeps less."""
     lam: Callable
     strength: float
     promise: str

@@ -71,8 +71,8 @@ class PromptEncoder(nn.Module):
         state 0, 1, 2 (negative). Raises ValueError on a caption, CriteriaError on a phrase, that
         the model was not built for.
 
-        The way round, from an annotation to phrases (Criteria.prompt) and here back to numbers,
-        is on purpose: a Prompt of words is what every model is asked with, and Stable Diffusion
+        The detour, from an annotation to phrases (Criteria.prompt) and here back to numbers, is
+        on purpose: a Prompt of words is what every model is asked with, and Stable Diffusion
         reads nothing else."""
         rows = []
         for prompt in prompts:
@@ -159,7 +159,7 @@ class Model(nn.Module):
         return torch.cat(out)
 
     def digest(self):
-        """When it is the same, so is what the model makes."""
+        """A hash of the weights: when it is the same, so is what the model makes."""
         return fingerprint(self)
 
     def content(self):

@@ -20,13 +20,13 @@ class Recipe:
     steps: int
     lr: float                   # of AdamW's part; Muon's part takes ten times as much
     warmup: int = 50            # steps of linear warm-up
-    constant: float = 0.3       # share of the run at full rate; then a line down to zero
-    ema: float = 0.995          # averaging of weights, with a shorter memory before step 1,790
+    plateau: float = 0.3        # share of the run, warm-up included, before the rate falls to zero
+    ema: float = 0.995          # averaged weights: decay min(ema, n / (n + 9)) at step n
     clip: float = 1.0           # largest gradient norm
 
     def lr_at(self, step):
         """Learning rate of step 0 .. steps-1."""
-        falling = (1 - step / self.steps) / (1 - self.constant)
+        falling = (1 - step / self.steps) / (1 - self.plateau)
         return self.lr * min(1, (step + 1) / self.warmup) * min(1, falling)
 
 

@@ -145,8 +145,8 @@ class SpatialTransformer(nn.Module):
 
 
 class Resize(nn.Module):
-    """A 3x3 convolution: with stride 2 down to half the size, or behind nearest neighbours up to
-    `size`, that of the next skip (so that odd sizes work)."""
+    """A 3x3 convolution: with stride 2 down to half the size, or after nearest-neighbour upsampling
+    to `size`, the next skip's (so that odd sizes work)."""
 
     def __init__(self, dim, stride):
         super().__init__()

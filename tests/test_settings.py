@@ -67,6 +67,24 @@ def test_esd_regresses_to_the_end_of_constant_whatever_the_stabilizer():
         assert settings_of("--method", "esd", *flags).cpo.filled().strength == 0.55
 
 
+def test_only_cpo_and_esd_on_a_branch_paint_and_only_they_record_how(monkeypatch):
+    branch = ["--criteria", "Tone"]
+    paints = {flags: settings_of(*flags.split()).cpo.filled().paint for flags in (
+        "", "--paint 7", "--criteria Tone", "--criteria Tone --paint 7",
+        "--criteria Tone --paint 0", "--criteria Tone --method esd",
+        "--criteria Tone --method dpo", "--criteria Tone --method sft")}
+    assert list(paints.values()) == [0, 0, TOY.cpo.paint, 7, 0, TOY.cpo.paint, 0, 0]
+
+    made_of = {}
+    monkeypatch.setattr(stages, "train", lambda *arguments: made_of.update(arguments[6]))
+    monkeypatch.setattr(stages, "alignment_step", lambda *arguments: None)
+    model = tiny_model().frozen_copy()
+    for flags, told in (([], False), (branch, True), ([*branch, "--paint", "0"], False)):
+        made_of.clear()
+        stages.stage_2(Toy(settings_of(*flags), DATA), model, model)
+        assert ("sampling_steps" in made_of) == told and "auxiliary" in made_of
+
+
 def test_changed_replaces_fields_of_any_part_and_the_record_has_those_that_decide():
     settings = TOY.changed(seed=3, sft_lr=0.5, steps=7, samples=2, rank=4, no_field_at_all=1)
     was, now = flat(TOY), flat(settings)

@@ -97,7 +97,7 @@ def test_run_that_stopped_goes_on(out, monkeypatch):
             raise KeyboardInterrupt
         return make(lab, args)
     monkeypatch.setattr(lab, "ready_auxiliary",
-                        lambda world, base: load_model(out / "auxiliary.pt"))
+                        lambda world, base, exactly: load_model(out / "auxiliary.pt"))
     monkeypatch.setitem(lab.KINDS, "align", dies)
     with pytest.raises(KeyboardInterrupt):
         run(out, "annotation", *flags)
@@ -113,6 +113,23 @@ def test_run_that_stopped_goes_on(out, monkeypatch):
             and "| 75 % judged: CPO --pairs all |" in text)
 
 
+def test_an_auxiliary_of_degraded_annotations_must_agree_in_every_setting(tiny, tmp_path):
+    """Its length is part of a run's record: it may not be another one's."""
+    args = Namespace(out=str(tmp_path), seed=0, device="cpu", base_steps=1, sft_steps=1, batch=2,
+                     count=40)
+    degraded = lab.changed(args, judged=0.25, wrong=0.0)
+    first = lab.Lab(args).taught(degraded)[1]
+    assert first.digest() == lab.Lab(args).taught(degraded)[1].digest()
+    with pytest.raises(ValueError, match="auxiliary.pt belongs to another run .steps.; choose"):
+        lab.Lab(lab.changed(args, sft_steps=2)).taught(degraded)
+
+
+def test_gap_is_measured_on_the_whole_tree(out, capsys):
+    with pytest.raises(SystemExit):
+        run(out, "gap", "--criteria", "Composition")
+    assert "gap is measured on the whole tree" in capsys.readouterr().err
+
+
 def test_a_run_of_degraded_annotations_has_data_and_auxiliary_of_its_own(tmp_path, monkeypatch):
     args = Namespace(out=str(tmp_path), seed=0, device="cpu", name="x", method="cpo", steps=1,
                      batch=1, accumulate=1)
@@ -126,7 +143,7 @@ def test_a_run_of_degraded_annotations_has_data_and_auxiliary_of_its_own(tmp_pat
         (tmp_path / "x.pt").write_text("")
         return f"{share(data):.2f}, {auxiliary}", {"seconds": 1}
     monkeypatch.setattr(lab, "ready_auxiliary",
-                        lambda world, base: f"taught by {share(world.data):.2f}")
+                        lambda world, base, exactly: f"taught by {share(world.data):.2f}")
     monkeypatch.setattr(lab, "align", align)
     monkeypatch.setattr(lab, "measured", lambda lab, args, model, kind="plain": model)
     assert lab.align_run(room, degraded)["row"] == "0.25, taught by 0.25"

@@ -18,6 +18,7 @@ from nanocpo.losses import sft_loss
 from nanocpo.method import add_noise, sft_step
 from nanocpo.model import Model, load_model
 from nanocpo.run import stages
+from nanocpo.run.settings import METHODS
 from nanocpo.run.stages import alignment_step, stage_1, stage_2
 from nanocpo.toy.evaluate import evaluate
 from nanocpo.toy.export import export
@@ -200,7 +201,7 @@ def test_gradient_is_clipped_and_a_broken_one_stops_the_run(tmp_path):
 
 
 def test_learning_rate_warms_up_holds_and_falls_to_zero():
-    recipe = Recipe(100, 2.0, warmup=10, constant=0.5)
+    recipe = Recipe(100, 2.0, warmup=10, plateau=0.5)
     assert recipe.lr_at(0) == pytest.approx(0.2) and recipe.lr_at(9) == recipe.lr_at(50) == 2.0
     assert recipe.lr_at(75) == pytest.approx(1.0) and recipe.lr_at(99) == pytest.approx(0.04)
 
@@ -225,7 +226,7 @@ def test_stage_1_trains_on_the_training_part(tmp_path, monkeypatch):
     assert seen == [DATA.split("train").digest()] * 2
 
 
-@pytest.mark.parametrize("method", ["cpo", "dpo", "sft"])
+@pytest.mark.parametrize("method", METHODS)
 def test_only_the_target_moves(tmp_path, method):
     base, auxiliary = tiny_model().frozen_copy(), tiny_model(seed=5).frozen_copy()
     copies = base.frozen_copy(), auxiliary.frozen_copy()
@@ -238,7 +239,7 @@ def test_only_the_target_moves(tmp_path, method):
     assert not base.training and not auxiliary.training
 
 
-@pytest.mark.parametrize("method", ["cpo", "esd", "dpo", "sft"])
+@pytest.mark.parametrize("method", METHODS)
 def test_only_the_training_part_is_aligned_on(tmp_path, method):
     """All other pictures have a caption that no model knows, so that one of them would stop
     the run."""

@@ -11,7 +11,9 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from ..losses import RULES
 from ..utils.cli import above, pick_device
 
-NO_FILE_NAME = r"base|auxiliary(_\w+)?|rows"        # taken by stage 1 and by the report's rows
+METHODS = ("cpo", "esd", "dpo", "sft")
+TEACHES = ("cpo", "esd")            # those in which the auxiliary teaches
+NO_FILE_NAME = r"base|auxiliary(_\w+)?|rows"        # taken by stage 1, the report
 
 
 def setting(default, help, *, decides=True, more=False, **argument):
@@ -67,18 +69,23 @@ class SFT:
 @dataclass(frozen=True)
 class CPO:
     """Stage 2. Its few tries are in docs/log.md, its table in docs/results/methods.md."""
-    method: str = setting("cpo", "esd: regression to the guided target that the rule constant ends "
-                          "at; dpo: Diffusion-DPO on pairs of pictures with fewer and more "
-                          "negative attributes; sft: plain fine-tuning on the best pictures",
-                          choices=["cpo", "esd", "dpo", "sft"])
-    stabilizer: str | None = setting(None, "how far the loser's gradient is held back; default: "
-                                     "constant for cpo, none for dpo", choices=list(RULES))
-    strength: float | None = setting(None, "of the stabilizer; default: its usual one (losses.RULES"
-                                     "; constant: 0.55); constant with --criteria: 0, for a branch "
-                                     "alone is soon reached, and what is pulled harder takes the "
-                                     "rest along", type=float)
-    beta: float | None = setting(None, "preference strength; default: 4 / gap per sample for cpo "
-                                 "(1 with --criteria), 200 for dpo", type=above(0, float))
+    method: str = setting("cpo", "cpo: nanocpo/method.py; esd: regression to the guided target "
+                          "that the rule constant ends at; dpo: Diffusion-DPO on pairs of pictures "
+                          "with fewer and more negative attributes; sft: plain fine-tuning on the "
+                          "best pictures",
+                          choices=METHODS)
+    stabilizer: str | None = setting(None, "which share of the loser's gradient is kept (losses."
+                                     "RULES); default: constant for cpo, none for dpo",
+                                     choices=list(RULES))
+    strength: float | None = setting(None, "k of constant and balance, the share that is kept; mu "
+                                     "of safeguard, which keeps less with more of it; default: the "
+                                     "rule's usual one (constant: 0.55); with --criteria constant "
+                                     "takes 0, since a harder pull changes the other branches too",
+                                     type=float)
+    beta: float | None = setting(None, "preference strength; default for cpo: 4 / gap per sample, "
+                                 "the gap being the mean squared difference of the auxiliary's two "
+                                 "predictions (1 with --criteria); for dpo 200",
+                                 type=above(0, float))
     pairs: str = setting("opposite", "what the auxiliary's two prompts list of the leaves to align "
                          "on. own: the picture's good against its bad ones; completed: also the "
                          "good twins of the bad ones; opposite: all that are judged, good against "
@@ -113,7 +120,8 @@ class CPO:
         if self.method == "dpo":
             beta = 200.0
         return replace(self, stabilizer=rule, beta=beta if self.beta is None else self.beta,
-                       strength=strength if self.strength is None else self.strength)
+                       strength=strength if self.strength is None else self.strength,
+                       paint=self.paint if self.criteria and self.method in TEACHES else 0)
 
     def check(self):
         """Raises ValueError on values that do not go together."""

@@ -12,9 +12,7 @@ from ..model import Model
 from ..train import Recipe, fit
 from ..utils.checkpoint import use_again
 from . import baselines
-from .settings import Settings, record
-
-TEACHES = ("cpo", "esd")        # methods that ask the auxiliary
+from .settings import TEACHES, Settings, record
 
 
 class World(Protocol):
@@ -69,15 +67,16 @@ def stage_1(world):
     return base, ready_auxiliary(world, base)
 
 
-def ready_auxiliary(world, base):
-    """The auxiliary on this base: stage 1 of the paper."""
+def ready_auxiliary(world, base, exactly=False):
+    """The auxiliary on this base: stage 1 of the paper. exactly: one that is there must agree in
+    every setting."""
     settings, sft = world.settings, world.settings.sft
     step = sft_loss_step(settings, world.data.split("train"), attribute_prompts)
     return ready(world, "auxiliary", base, lambda: world.trainable(base), sft.sft_steps, sft.sft_lr,
-                 step, {"base": base.digest()})
+                 step, {"base": base.digest()}, exactly)
 
 
-def ready(world, name, base, start, steps, lr, loss_step, made_of):
+def ready(world, name, base, start, steps, lr, loss_step, made_of, exactly=False):
     """The model `name` of stage 1: given by a flag, there already, or trained now from start()."""
     model = world.given(name)
     if model is not None:
@@ -88,7 +87,7 @@ def ready(world, name, base, start, steps, lr, loss_step, made_of):
     file, model, was = stored
     # of other data, or on another base, it would silently be another model
     use_again(file, was, everything(world, steps, lr, made_of),
-              must={"base", *world.sources()}, cure=world.cure)
+              must=None if exactly else {"base", *world.sources()}, cure=world.cure)
     return model
 
 
@@ -98,8 +97,9 @@ def stage_2(world, base, auxiliary, watch=None):
     settings, cpo = world.settings, world.settings.cpo.filled()
     made_of = {"base": base.digest()} | record(cpo)
     if cpo.method in TEACHES:
-        made_of |= {"auxiliary": auxiliary.digest(),
-                    "sampling_steps": settings.report.sampling_steps}       # of painted pictures
+        made_of["auxiliary"] = auxiliary.digest()
+    if cpo.paint:
+        made_of["sampling_steps"] = settings.report.sampling_steps
     step = alignment_step(settings, world.data.split("train"), base, auxiliary)
     return train(world, cpo.name, world.trainable(base), cpo.steps, cpo.lr, step, made_of, watch)
 
@@ -125,11 +125,12 @@ def everything(world, steps, lr, made_of):
 
 # --- a training step: draw a batch, and hand it to the method
 
-def sft_loss_step(settings, data, prompts):
-    """loss_step(model, generator) of supervised training; prompts: see method.sft_step."""
+def sft_loss_step(settings, data, make_prompts):
+    """loss_step(model, generator) of supervised training; make_prompts: see method.sft_step."""
     def loss_step(model, generator):
         batch = data.draw(settings.common.batch, generator)
-        return sft_step(model, data.criteria, batch, prompts, generator, settings.sft.sft_lean)
+        return sft_step(model, data.criteria, batch, make_prompts, generator,
+                        settings.sft.sft_lean)
     return loss_step
 
 
@@ -146,7 +147,7 @@ def alignment_step(settings, data, reference, auxiliary):
         return lambda target, generator: baselines.dpo_step(
             target, reference, criteria, pairs.draw(batch, generator), generator,
             lean=settings.sft.sft_lean, **how)
-    if cpo.criteria and cpo.paint:
+    if cpo.paint:
         data = baselines.painted(data, auxiliary, columns, cpo.paint,
                                  settings.report.sampling_steps, settings.common.seed)
     asked = dict(columns=columns, pairs=cpo.pairs, lean=cpo.lean)

@@ -13,7 +13,7 @@ from .plots import COLOURS, INK, SCALE, Sheet
 PANEL, MARGIN, TOP, REACH = 250, 14, 64, 3.4
 # alpha_bar of the drawn fields; k of `constant`, mild; a beta that hardly saturates here
 LEVEL, K, BETA = 0.35, 0.2, 0.3
-RULES = {"none": 1.0, "winner": 0.0, "constant": K, "safeguard": 0.3,
+STRENGTHS = {"none": 1.0, "winner": 0.0, "constant": K, "safeguard": 0.3,
          "balance": 1.0, "clamped": 1.0}
 
 
@@ -22,7 +22,7 @@ def fields(world, steps, seed):
     from the exact base."""
     learned = {}
     for rule in ("constant", "none"):
-        learned[rule] = train_residual(world, steps, BETA, rule, RULES[rule], seed,
+        learned[rule] = train_residual(world, steps, BETA, rule, STRENGTHS[rule], seed,
                                        low=0.001, high=0.99)
     exact = {name: lambda xt, a, prompt=prompt: world.eps(xt, a, prompt) for name, prompt in
              (("base", PLAIN), ("positive", POSITIVE), ("negative", NEGATIVE))}
@@ -57,7 +57,7 @@ def paths(eps_ref, z_win, z_lose, steps=600):
     `safeguard` does not chatter about the winner."""
     eps_ref, z_win, z_lose = (x.view(1, 2, 1, 1) for x in (eps_ref, z_win, z_lose))
     out = {}
-    for rule, strength in RULES.items():
+    for rule, strength in STRENGTHS.items():
         eps, path = eps_ref.clone().requires_grad_(), [eps_ref.flatten()]
         for step in range(steps):
             loss, logs = cpo_loss(eps, eps_ref, z_win, z_lose, 0.01, rule, strength)

@@ -80,7 +80,8 @@ class Lab:
         folder = Path(self.args.out) / "study" / f"auxiliary_{args.judged}_{args.wrong}"
         data = degrade(self.data, args.judged, args.wrong, self.args.seed)
         settings = settings_of(changed(self.args, out=str(folder), sample_every=0, resume=True))
-        return data, ready_auxiliary(Toy(settings, data), self.models["base"])
+        return data, ready_auxiliary(Toy(settings, data), self.models["base"],
+                                     exactly=True)
 
     def run(self, runs):
         """[(key, kind, overrides of the flags)], independent of one another -> their results, made

@@ -479,5 +479,7 @@ def check_flags(args):
         raise ValueError("--batch 1: half of it, a pair of pictures, is Diffusion-DPO's batch")
     if args.only and args.study in ("gap", "guidance", "world"):
         raise ValueError(f"--only: {args.study} has no rows to choose from")
+    if args.criteria and args.study == "gap":
+        raise ValueError("--criteria: gap is measured on the whole tree")
     if args.weights:
         raise ValueError("--weights: the studies are the toy's")
