@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 import torch
 
-from toy_tiny import CRITERIA, DATA, settings_of, tiny_model
+from toy_tiny import CRITERIA, DATA, plain, settings_of, tiny_model
 
 from nanocpo import method
 from nanocpo.data import Batch
 from nanocpo.losses import cpo_loss
-from nanocpo.method import (add_noise, attribute_prompts, caption_prompts, draw_t, drop_caption,
-                            preference_prompts, sft_step)
+from nanocpo.method import (add_noise, attribute_prompts, caption_prompts, cpo_step, draw_t,
+                            drop_caption, preference_prompts, sft_step)
 from nanocpo.run.baselines import painted
 from nanocpo.run.stages import alignment_step
 
@@ -118,6 +118,26 @@ def test_preference_prompts_by_hand(pairs, win, lose):
                                  [0, 1, 2, 3], pairs)
     # where the verdicts' signs do not matter, nor do wrong ones
     assert (flipped == got) == (pairs in ("opposite", "all"))
+
+
+def test_the_winner_is_what_the_auxiliary_predicts_towards_the_good():
+    """Its error and the loser's, by hand, at the x_t that the step draws."""
+    base, auxiliary = tiny_model().frozen_copy(), tiny_model(seed=5).frozen_copy()
+    batch, columns = DATA.batch(range(6)), CRITERIA.columns()
+    how = dict(columns=columns, pairs="opposite", lean=0.4, beta=None, stabilizer="constant",
+               strength=0.55)
+    _, logs, t = cpo_step(base, base, auxiliary, CRITERIA, batch,
+                          torch.Generator().manual_seed(3), **how)
+    generator = torch.Generator().manual_seed(3)
+    assert torch.equal(t, draw_t(6, 1000, generator, 0.4))
+    xt, _, _ = add_noise(base, batch, t, generator)
+    with torch.no_grad():
+        eps = base(xt, t, plain(batch.captions))
+        for name, prompts in zip(("winner", "loser"),
+                                 preference_prompts(CRITERIA, batch, columns, "opposite")):
+            by_hand = (eps - auxiliary(xt, t, prompts)).square().flatten(1).mean(1)
+            torch.testing.assert_close(logs[name], by_hand)
+            torch.testing.assert_close(logs[f"{name}_ref"], by_hand)
 
 
 def test_branch_prompts_share_their_context():

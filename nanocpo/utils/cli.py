@@ -40,9 +40,8 @@ def command(main):
                  "--checkpointing too (with --weights); with --weights also --dtype bfloat16 and a "
                  f"smaller --resolution ({str(error).split('. ')[0]})")
     except (ValueError, OSError, FloatingPointError) as error:
-        # not JSON's or Unicode's ValueError; a file that is run with python -m is called __main__
-        own = (type(error) is ValueError
-               or type(error).__module__.split(".")[0] in ("nanocpo", "__main__"))
+        # not JSON's or Unicode's ValueError
+        own = type(error) is ValueError or type(error).__module__.split(".")[0] == "nanocpo"
         if sys.flags.dev_mode or not (own or isinstance(error, (OSError, FloatingPointError))):
             raise
         sys.exit(f"error: {error}")
