@@ -26,11 +26,11 @@ ROOT = Path(__file__).resolve().parent.parent
 # file -> its tests, where the names differ
 TESTS = {
     "train_cpo": "train", "train_sft": "train", "sample": "train", "data": "data",
-    "run/stages": "train", "run/settings": "settings", "run/baselines": "method",
+    "run/stages": "method", "run/settings": "settings", "run/baselines": "method",
     "utils/checkpoint": "checkpoint", "utils/cli": "settings", "utils/muon": "muon",
     "utils/report": "evaluate", "folder/reading": "folder", "folder/annotate": "annotate",
     "folder/annotate.html": "annotate", "toy/critic": "painter", "toy/painter": "painter",
-    "toy/paintings": "data", "toy/evaluate": "evaluate", "toy/report": "train",
+    "toy/paintings": "data", "toy/evaluate": "evaluate", "toy/report": "evaluate",
     "toy/world": "train", "study/lab": "study", "study/studies": "study", "study/figure": "study",
     "study/mixture": "mixture", "sd/vae": "sd_parts", "sd/clip": "sd_parts",
     "sd/tokenizer": "sd_parts", "sd/names": "sd_weights", "sd/weights": "sd_weights",
