@@ -12,8 +12,9 @@ from nanocpo.losses import RULES, cpo_loss, dpo_loss, preference_loss, restraint
 LOG2 = math.log(2)
 # One strength per rule; none of them a power of two, so that lam * x + (1 - lam) * x
 # has to be rounded.
-STRENGTH = {"none": 0.0, "winner": 0.0, "constant": 0.7, "safeguard": 0.3, "balance": 1.0,
-            "clamped": 0.85}
+STRENGTH = {name: rule.strength for name, rule in RULES.items()}
+STRENGTH |= {"none": 0.0, "winner": 0.0, "constant": 0.7, "safeguard": 0.3, "balance": 1.0,
+             "clamped": 0.85}
 
 
 def randn(count, shape=(4, 3, 2, 2), seed=0, dtype=torch.float64):
