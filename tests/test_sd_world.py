@@ -290,6 +290,8 @@ def test_a_stage_trains_as_its_flags_say(opened, tmp_path, monkeypatch):
     assert (seen["accumulate"], seen["seed"], seen["resume"], seen["save_every"],
             seen["sample_every"]) == (3, 3, True, 7, 5)
     assert seen["made_of"]["made"] == "of"
+    begins = [made.trainable(made.base), base.with_adapter(2, seed=3), base.with_adapter(2)]
+    assert fingerprint(begins[0]) == fingerprint(begins[1]) != fingerprint(begins[2])
     parts = base.backbone.parts
     for stage in (lambda: ready_auxiliary(made, made.base),
                   lambda: stage_2(made, made.base, made.trainable(made.base))):
