@@ -25,4 +25,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    command(main)
+    command(main, several=True)

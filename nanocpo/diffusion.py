@@ -8,6 +8,8 @@ docs/derivation.md.
 """
 import torch
 
+from .utils.device import send
+
 
 def cosine_alpha_bar(steps=1000):
     """alpha_bar (steps,) float64 of the cosine schedule; beta is clipped at 0.999 (2102.09672,
@@ -70,11 +72,12 @@ class Diffusion:
             self.alpha_bar = zero_terminal_snr(self.alpha_bar)
 
     def scales(self, t, like):
-        """sqrt(alpha_bar_t) and sqrt(1 - alpha_bar_t) for t (B,), shaped (B, 1, 1, 1) and in the
-        dtype of `like`."""
+        """sqrt(alpha_bar_t) and sqrt(1 - alpha_bar_t) for t (B,), shaped (B, 1, 1, 1), with the
+        dtype and on the device of `like`. t is best on the CPU, where the schedule is."""
         alpha_bar = self.alpha_bar[t.cpu()]                    # Apple's GPUs have no float64
         alpha_bar = alpha_bar.view(-1, *[1] * (like.dim() - 1))
-        return alpha_bar.sqrt().to(like), (1 - alpha_bar).sqrt().to(like)
+        return tuple(send(x.sqrt().to(like.dtype), like.device)
+                     for x in (alpha_bar, 1 - alpha_bar))
 
     def q_sample(self, x0, t, noise):
         """The forward process (E1): x_t from x_0 and noise, both (B, C, H, W)."""
@@ -122,7 +125,7 @@ class Diffusion:
         as the generator's. clip: brings x0 back among the latents of pictures; None: no bounds."""
         here, there = self.alpha_bar[now], alpha_bar_next
         # Which picture, and which noise in it, does the prediction imply?
-        x0, eps = self.x0_and_eps(prediction, xt, torch.full((len(xt),), now, device=xt.device))
+        x0, eps = self.x0_and_eps(prediction, xt, torch.full((len(xt),), now))
         if clip:
             x0 = clip(x0)
             eps = (xt - here.sqrt().to(xt) * x0) / (1 - here).sqrt().to(xt)

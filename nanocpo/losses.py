@@ -114,8 +114,9 @@ def preference_loss(win, lose, beta, lam, valid=None):
     valid = torch.ones_like(loss, dtype=torch.bool) if valid is None else valid
     logs = {"loss": loss, "margin": margin, "accuracy": (margin > 0).to(loss),
             "weight": torch.sigmoid(-margin), "lam": lam, "valid": valid}
-    counted = torch.where(valid, loss, 0).sum() / valid.sum() if valid.any() \
-        else loss.detach().mean() + 0 * loss.sum()
+    # where, not if: a GPU would have to be waited for
+    counted = torch.where(valid, loss, 0).sum() / valid.sum().clamp(min=1)
+    counted = torch.where(valid.any(), counted, loss.detach().mean())
     return counted, {name: value.detach() for name, value in logs.items()}
 
 

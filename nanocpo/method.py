@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from .losses import cpo_loss, sft_loss
+from .utils.device import send
 
 
 # --- what is noised, and how much
@@ -25,15 +26,15 @@ def draw_t(count, steps, generator, lean):
 
 
 def add_noise(model, batch, t, generator, noise=None):
-    """A Batch at timesteps t (B,) -> (x_t, x_0, noise), each (B, C, h, w) on the model's device.
-    noise None: fresh noise."""
+    """A Batch at timesteps t (B,), on the CPU, -> (x_t, x_0, noise), each (B, C, h, w) on the
+    model's device. noise None: fresh noise."""
     if batch.latents is not None:
-        x0 = batch.latents.to(model.device)
+        x0 = send(batch.latents, model.device)
     else:
         with torch.autocast(model.device.type, enabled=False):       # --bf16 would round pictures
-            x0 = model.latents.encode(batch.images.to(model.device))
+            x0 = model.latents.encode(send(batch.images, model.device))
     if noise is None:
-        noise = torch.randn(x0.shape, generator=generator).to(model.device)
+        noise = send(torch.randn(x0.shape, generator=generator), model.device)
     return model.diffusion.q_sample(x0, t, noise), x0, noise
 
 
@@ -72,9 +73,10 @@ def attribute_prompts(criteria, batch, generator):
 def sft_step(model, criteria, batch, make_prompts, generator, lean):
     """Stage 1, one batch: (loss, logs, t) of plain denoising under the prompts that
     make_prompts(criteria, batch, generator) gives: caption_prompts or attribute_prompts."""
-    t = draw_t(len(batch.captions), model.diffusion.steps, generator, lean).to(model.device)
+    t = draw_t(len(batch.captions), model.diffusion.steps, generator, lean)
     xt, x0, noise = add_noise(model, batch, t, generator)
-    prediction = model(xt, t, make_prompts(criteria, batch, generator))
+    prompts = make_prompts(criteria, batch, generator)
+    prediction = model(xt, send(t, model.device), prompts)
     return *sft_loss(prediction, model.diffusion.goal(x0, t, noise)), t
 
 
@@ -114,16 +116,17 @@ def cpo_step(target, reference, auxiliary, criteria, batch, generator, *, column
     target is trained; reference (the frozen base) and auxiliary are not. columns, pairs: see
     preference_prompts; lean: see draw_t; the rest: see losses.cpo_loss."""
     # Noise the pictures: one x_t each, for all four predictions.
-    t = draw_t(len(batch.captions), target.diffusion.steps, generator, lean).to(target.device)
+    t = draw_t(len(batch.captions), target.diffusion.steps, generator, lean)
     xt, _, _ = add_noise(target, batch, t, generator)
+    t_device = send(t, target.device)           # t itself stays on the CPU, with the schedule
     # Ask the auxiliary: where would the good attributes lead from here, and where the bad ones?
     win, lose = preference_prompts(criteria, batch, columns, pairs)
-    z_win, z_lose = two_targets(auxiliary, xt, t, win, lose)
+    z_win, z_lose = two_targets(auxiliary, xt, t_device, win, lose)
     # The target sees the plain caption only.
     plain = target.text.tokens([criteria.prompt(caption) for caption in batch.captions])
-    eps = target(xt, t, plain)
+    eps = target(xt, t_device, plain)
     # So does the reference, where the target began.
     with torch.no_grad():
-        eps_ref = reference(xt, t, plain)
+        eps_ref = reference(xt, t_device, plain)
     # Prefer z_win to z_lose, by more than the reference does.
     return *cpo_loss(eps, eps_ref, z_win, z_lose, beta, stabilizer, strength), t

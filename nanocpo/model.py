@@ -12,6 +12,7 @@ from .criteria import Criteria
 from .diffusion import Diffusion, guide
 from .unet import UNet, UNetConfig
 from .utils.checkpoint import fingerprint, load_checkpoint
+from .utils.device import send
 
 
 class SpaceToDepth:
@@ -82,7 +83,7 @@ class PromptEncoder(nn.Module):
             states = self.criteria.annotation(prompt.positive, prompt.negative)
             # a negative state, -1, is row 2 of the embeddings
             rows.append([self.captions[prompt.caption], *(states % 3).tolist()])
-        return torch.tensor(rows, device=self.on_path.device)
+        return send(torch.tensor(rows), self.on_path.device)
 
     def forward(self, tokens):
         """tokens (B, 1 + leaves) -> context (B, 1 + leaves, dim), pooled (B, dim)."""
@@ -152,7 +153,7 @@ class Model(nn.Module):
                     return self(xt, t, tokens)
                 both = self(torch.cat([xt, xt]), torch.cat([t, t]), tokens)
                 return guide(*both.chunk(2), guidance)
-            xt = noise[part].to(self.device)
+            xt = send(noise[part], self.device)
             latents = self.diffusion.sample(predict, xt, steps, eta, generator, self.latents.clip)
             out.append(self.latents.decode(latents))
         self.train(was_training)

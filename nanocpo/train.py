@@ -1,6 +1,7 @@
 """The training loop that all stages share: optimiser, learning rate, averaged weights, log,
 checkpoints, resuming. What a step computes is the caller's (nanocpo/method.py)."""
 import json
+import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,6 +9,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from .utils import ranks
 from .utils.checkpoint import atomic_write, load_checkpoint, save_checkpoint, use_again
 from .utils.muon import Muon
 
@@ -19,6 +21,7 @@ class Recipe:
     """How a stage is optimised (the values are ours; steps and learning rate are flags)."""
     steps: int
     lr: float                   # of AdamW's part; Muon's part takes ten times as much
+    muon: bool = True           # False: AdamW for all weights
     warmup: int = 50            # steps of linear warm-up
     plateau: float = 0.3        # share of the run, warm-up included, before the rate falls to zero
     ema: float = 0.995          # averaged weights: decay min(ema, n / (n + 9)) at step n
@@ -35,47 +38,66 @@ def fit(model, loss_step, recipe, path, *, name, seed=0, bf16=False, accumulate=
     """Train `model` and write `path`; returns (the averaged model, frozen; the last log line).
 
     loss_step(model, generator) -> (loss, logs, t): draws its own batch with the generator; logs
-    hold (B,) tensors, t is (B,). accumulate: batches whose mean gradient makes one step.
-    pictures(averaged model, step): called every sample_every steps. The log goes to a .jsonl
-    beside `path`. made_of: what else decides the result, {name: value}; it is kept in the file,
-    and only the same run is resumed (else ValueError). All randomness comes from one CPU
-    generator whose state is in the checkpoint, so a resumed run ends in the same weights."""
+    hold (B,) tensors, t is (B,). accumulate: batches whose mean gradient makes one step; several
+    processes share them (nanocpo/utils/ranks.py). pictures(averaged model, step): called every
+    sample_every steps. The log goes to a .jsonl beside `path`. made_of: what else decides the
+    result, {name: value}; it is kept in the file, and only the same run is resumed (else
+    ValueError). All randomness comes from one CPU generator whose state is in the checkpoint, so a
+    resumed run ends in the same weights."""
     path = Path(path)
     made_of = {"steps": recipe.steps, "lr": recipe.lr, "seed": seed, "bf16": bf16,
                "accumulate": accumulate} | (made_of or {})
-    state = TrainingState(model, model.frozen_copy(), Muon(model, recipe.lr),
-              torch.Generator().manual_seed(seed))
+    state = TrainingState(model, model.frozen_copy(), Muon(model, recipe.lr, recipe.muon),
+                          torch.Generator().manual_seed(seed))
     first = state.restore(path, made_of) if resume and path.exists() else 0
     log = Log(path.with_suffix(".jsonl"), name, keep=first)
     model.train()
+    shared, norms = ranks.together(model), []
     bar = tqdm(range(first, recipe.steps), desc=name, initial=first, total=recipe.steps,
-               mininterval=2)
+               mininterval=2, disable=not ranks.first())
     for step in bar:
-        done, last = step + 1, step + 1 == recipe.steps
+        done = step + 1
         # Gradients: the mean over `accumulate` batches.
         state.optimizer.zero_grad(set_to_none=True)
-        for _ in range(accumulate):
-            with torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
-                loss, logs, t = loss_step(model, state.generator)
-            (loss / accumulate).backward()
+        batches = ranks.share(ranks.generators(state.generator, accumulate))
+        for i, generator in enumerate(batches, 1):
+            with ranks.exchange(shared, now=i == len(batches)):
+                with torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
+                    loss, logs, t = loss_step(shared, generator)
+                (loss / len(batches)).backward()
             log.remember(t, logs)
         # Step, and let the average follow.
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
-        if not torch.isfinite(norm):
+        norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip))
+        state.step(recipe.lr_at(step), decay=min(recipe.ema, done / (done + 9)))
+        # Record. Numbers are only read here, for reading one waits for the GPU.
+        due = lambda every: done % every == 0 or done == recipe.steps
+        line_due, save_due = due(max(1, min(20, recipe.steps // 10))), due(save_every)
+        paint_due = pictures and sample_every and done % sample_every == 0
+        if line_due or save_due or paint_due:
+            norm = refuse_infinite(norms, name, done, path)
+            norms.clear()
+        if line_due:
+            line = log.write(done, recipe.lr_at(step), norm, model.diffusion.steps)
+            bar.set_postfix(shown(line))
+        if paint_due and ranks.first():
+            pictures(state.average, done)
+        if save_due and ranks.first():
+            state.save(path, step=done, steps=recipe.steps, made_of=made_of, name=name)
+    ranks.wait()
+    return state.average, log.line
+
+
+def refuse_infinite(norms, name, done, path):
+    """The gradient norms of the steps before `done` -> the last as a number. Raises
+    FloatingPointError at the first that is not finite: the weights are lost from there on."""
+    norms = torch.stack(norms).tolist()
+    for step, norm in enumerate(norms, done - len(norms)):
+        if not math.isfinite(norm):
             kept = (f"The last checkpoint stays in {path}" if path.exists()
                     else "No checkpoint was written yet")
-            raise FloatingPointError(f"{name}, step {step}: the gradient is {norm.item()}; lower "
-                                     f"--lr or leave --bf16 out. {kept}")
-        state.step(recipe.lr_at(step), decay=min(recipe.ema, done / (done + 9)))
-        # Record.
-        if done % max(1, min(20, recipe.steps // 10)) == 0 or last:
-            line = log.write(done, recipe.lr_at(step), norm.item(), model.diffusion.steps)
-            bar.set_postfix(shown(line))
-        if pictures and sample_every and done % sample_every == 0:
-            pictures(state.average, done)
-        if done % save_every == 0 or last:
-            state.save(path, step=done, steps=recipe.steps, made_of=made_of, name=name)
-    return state.average, log.line
+            raise FloatingPointError(f"{name}, step {step}: the gradient is {norm}; lower --lr or "
+                                     f"leave --bf16 out. {kept}")
+    return norm
 
 
 @dataclass
@@ -126,7 +148,7 @@ class Log:
         whole = [line for line in (before or "").splitlines() if line.endswith("}}")]   # not torn
         lines = [line for line in whole if json.loads(line)["step"] <= keep]
         text = "".join(line + "\n" for line in lines)
-        if text != before:                   # several processes may look at one finished run
+        if text != before and ranks.first():      # and several may look at one finished run
             with atomic_write(path) as temporary:
                 temporary.write_text(text)
         self.line = json.loads(lines[-1]) if lines else {}
@@ -140,10 +162,11 @@ class Log:
         """Append the line of this step, and begin the next window; returns the line."""
         self.line = {"name": self.name, "step": step, "lr": lr, "gradient_norm": gradient_norm,
                      "seconds": round(time.time() - self.start, 2)}
-        self.line |= summarize(self.window, timesteps)
+        self.line |= summarize(ranks.gathered(self.window), timesteps)
         self.window = []
-        with open(self.path, "a") as file:
-            file.write(json.dumps(self.line) + "\n")
+        if ranks.first():
+            with open(self.path, "a") as file:
+                file.write(json.dumps(self.line) + "\n")
         return self.line
 
 

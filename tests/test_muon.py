@@ -13,12 +13,12 @@ def test_orthogonalize_keeps_directions_and_evens_out_their_sizes(shape):
     torch.manual_seed(0)
     u, s, vh = torch.linalg.svd(torch.randn(shape), full_matrices=False)
     matrix = u @ torch.diag(torch.logspace(-1, 0, len(s))) @ vh   # singular values from 0.1 to 1
-    out = orthogonalize(matrix)
+    out, again = orthogonalize([matrix, 100 * matrix])
     inside = u.T @ out @ vh.T                           # diagonal, if the singular vectors are kept
     values = inside.diagonal()
     assert values.min() > 0.5 and values.max() < 1.4
     assert (inside - torch.diag(values)).abs().max() < 0.15
-    torch.testing.assert_close(orthogonalize(100 * matrix), out, rtol=0.05, atol=0.05)
+    torch.testing.assert_close(again, out, rtol=0.05, atol=0.05)
 
 
 def test_rest_takes_adamw_steps_and_hidden_weights_do_not():
@@ -41,6 +41,21 @@ def test_rest_takes_adamw_steps_and_hidden_weights_do_not():
     for name, p in model.named_parameters():
         inner = p.dim() >= 2 and name.startswith("unet.") and not name.startswith("unet.conv_")
         assert (id(p) in hidden) == inner and same[name] == (not inner), name
+
+
+def test_without_hidden_weights_all_is_adamw():
+    torch.manual_seed(0)
+    model = Model(Criteria.load(), ["a boat"], UNetConfig(channels=(16, 32), depth=(0, 1),
+                  heads=(2, 2), groups=8, context_dim=16, vector_dim=16), text_dim=16)
+    twin = model.frozen_copy().requires_grad_(True)
+    ours = Muon(model, 1e-2, hidden=False)
+    theirs = torch.optim.AdamW(twin.parameters(), 1e-2, betas=(0.9, 0.99), weight_decay=0.01)
+    for p, q in zip(model.parameters(), twin.parameters()):
+        p.grad, q.grad = torch.ones_like(p), torch.ones_like(q)
+    ours.step()
+    theirs.step()
+    assert all(torch.allclose(p, q, atol=1e-6) for p, q in zip(model.parameters(),
+                                                               twin.parameters()))
 
 
 @pytest.mark.parametrize("name, factor", [

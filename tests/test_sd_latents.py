@@ -15,6 +15,7 @@ from nanocpo.sd.latents import LatentPaintings, buckets, nearest
 from nanocpo.sd.vae import VAE
 from nanocpo.sd.world import StableDiffusion
 from nanocpo.toy.paintings import from_painter
+from nanocpo.utils import ranks
 
 
 def test_buckets():
@@ -62,6 +63,18 @@ def test_the_latents_of_a_batch_are_noised_as_they_are():
 def files(tmp_path_factory):
     pytest.importorskip("diffusers"), pytest.importorskip("safetensors")
     return sd_tiny.files(tmp_path_factory.mktemp("files"))
+
+
+def test_processes_encode_a_part_each_and_read_all(files, tmp_path, monkeypatch):
+    """This is the first of two; the second does nothing here, so the first encodes its half
+    before it waits, and what is missing after."""
+    made, waited, encode = [], [], VAE.encode
+    monkeypatch.setattr(VAE, "encode", lambda self, images: made.append(1) or encode(self, images))
+    monkeypatch.setattr(ranks, "count", lambda: 2)
+    monkeypatch.setattr(ranks, "wait", lambda: waited.append(len(made)))
+    data = StableDiffusion(parse_training("", sd_tiny.flags(files, tmp_path),
+                                          ("common", "sft"))).data
+    assert waited == [6] and len(made) == len(data) == 12
 
 
 def test_latents_are_computed_once(files, tmp_path, monkeypatch, capsys):

@@ -17,7 +17,8 @@ from nanocpo.run.settings import STABLE_DIFFUSION, TOY, flat, record
 from nanocpo.toy.paintings import from_painter
 from nanocpo.toy.world import Toy
 from nanocpo.utils import cli
-from nanocpo.utils.cli import command, pick_device
+from nanocpo.utils.cli import command
+from nanocpo.utils.device import pick_device, send
 
 
 def test_a_stage_trains_as_its_flags_say(tmp_path, monkeypatch):
@@ -76,7 +77,7 @@ def test_only_cpo_and_esd_on_a_branch_paint_and_only_they_record_how(monkeypatch
     assert list(paints.values()) == [0, 0, TOY.cpo.paint, 7, 0, TOY.cpo.paint, 0, 0]
 
     made_of = {}
-    monkeypatch.setattr(stages, "train", lambda *arguments: made_of.update(arguments[6]))
+    monkeypatch.setattr(stages, "train", lambda *arguments, **named: made_of.update(arguments[6]))
     monkeypatch.setattr(stages, "alignment_step", lambda *arguments: None)
     model = tiny_model().frozen_copy()
     for flags, told in (([], False), (branch, True), ([*branch, "--paint", "0"], False)):
@@ -138,6 +139,21 @@ def test_device_is_picked_once_and_can_be_named():
     assert pick_device("cpu").type == "cpu" and pick_device("auto").type in ("cpu", "cuda", "mps")
     with pytest.raises(argparse.ArgumentTypeError, match="torch cannot use nonsense"):
         pick_device("nonsense")
+
+
+def test_a_gpu_is_not_waited_for_and_other_devices_are():
+    class Tensor:
+        def to(self, device, non_blocking):
+            return device, non_blocking
+    assert [send(Tensor(), torch.device(name))[1] for name in ("cuda", "cuda:1", "cpu", "mps")] == [
+        True, True, False, False]
+    assert torch.equal(send(torch.ones(2), "cpu"), torch.ones(2))
+
+
+def test_scripts_that_are_one_process_say_so_under_torchrun(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(SystemExit, match="error: only train_sft.py and train_cpo.py can be"):
+        command(lambda: None)
 
 
 def test_what_the_user_can_mend_is_told_in_one_line_and_a_bug_with_its_traceback(monkeypatch):

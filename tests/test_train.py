@@ -2,6 +2,7 @@
 a resumed run gives, what is written."""
 import copy
 import json
+from contextlib import nullcontext
 from dataclasses import replace
 
 import numpy as np
@@ -15,17 +16,18 @@ import train_cpo
 import train_sft
 from nanocpo.criteria import Criteria, Prompt
 from nanocpo.losses import sft_loss
-from nanocpo.method import add_noise, sft_step
+from nanocpo.method import add_noise, attribute_prompts, sft_step
 from nanocpo.model import Model, load_model
 from nanocpo.run import stages
 from nanocpo.run.settings import METHODS
-from nanocpo.run.stages import alignment_step, stage_1, stage_2
+from nanocpo.run.stages import alignment_step, sft_loss_step, stage_1, stage_2
 from nanocpo.toy.evaluate import evaluate
 from nanocpo.toy.export import export
 from nanocpo.toy.paintings import from_painter
 from nanocpo.toy.world import Toy
-from nanocpo.train import Recipe, fit, summarize
+from nanocpo.train import Recipe, TrainingState, fit, summarize
 from nanocpo.utils.checkpoint import is_finished, load_checkpoint, save_checkpoint
+from nanocpo.utils.muon import Muon
 
 
 def denoise(model, generator):
@@ -200,6 +202,20 @@ def test_gradient_is_clipped_and_a_broken_one_stops_the_run(tmp_path):
             fit(tiny_model(), scaled(float("nan")), Recipe(3, 1e-3), path, name="x")
 
 
+def test_a_diverging_run_names_the_step_though_numbers_are_read_later(tmp_path):
+    """The log is written every 20 steps; the gradient is broken in step 27."""
+    calls = []
+
+    def step(model, generator):
+        calls.append(1)
+        loss, logs, t = denoise(model, generator)
+        return loss * (float("nan") if len(calls) == 28 else 1), logs, t
+    with pytest.raises(FloatingPointError, match="x, step 27: the gradient is nan"):
+        fit(tiny_model(), step, Recipe(200, 1e-3), tmp_path / "x.pt", name="x", save_every=25)
+    assert load_checkpoint(tmp_path / "x.pt")["step"] == 25
+    assert len(calls) == 40
+
+
 def test_learning_rate_warms_up_holds_and_falls_to_zero():
     recipe = Recipe(100, 2.0, warmup=10, plateau=0.5)
     assert recipe.lr_at(0) == pytest.approx(0.2) and recipe.lr_at(9) == recipe.lr_at(50) == 2.0
@@ -237,6 +253,34 @@ def test_only_the_target_moves(tmp_path, method):
     assert all(p.grad is None and not p.requires_grad for model in (base, auxiliary)
                for p in model.parameters())
     assert not base.training and not auxiliary.training
+
+
+def test_stage_1_takes_muon_and_stage_2_adamw(tmp_path, tiny):
+    train_cpo.main(["--out", str(tmp_path), "--device", "cpu", "--count", "40", "--batch", "4",
+                    "--base-steps", "1", "--sft-steps", "1", "--steps", "1", "--samples", "0"])
+    matrices = {name: len(load_checkpoint(tmp_path / f"{name}.pt")["optimizer"]["param_groups"][0]
+                          ["params"]) for name in ("base", "auxiliary", "target")}
+    assert matrices["base"] == matrices["auxiliary"] > 20 and matrices["target"] == 0
+
+
+@pytest.mark.parametrize("method", [*METHODS, "stage 1"])
+def test_nothing_in_a_step_waits_for_the_gpu(tmp_path, method, monkeypatch):
+    """On torch's "meta" device tensors have a shape and no numbers: whatever needs one on the CPU,
+    .item(), .cpu(), if, raises there."""
+    monkeypatch.setattr(torch, "autocast", lambda *type_, **named: nullcontext())  # knows no meta
+    model, base, auxiliary = (tiny_model().to("meta") for _ in range(3))
+    settings = settings_of("--method", "cpo" if method == "stage 1" else method)
+    step = (sft_loss_step(settings, DATA, attribute_prompts) if method == "stage 1"
+            else alignment_step(settings, DATA, base, auxiliary))
+    state = TrainingState(model, copy.deepcopy(model), Muon(model, 1e-3, method == "stage 1"),
+                          torch.Generator().manual_seed(0))
+    loss, logs, _ = step(model, state.generator)
+    loss.backward()
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    state.step(1e-3, 0.9)
+    assert {x.device.type for x in (loss, norm, *logs.values())} == {"meta"}
+    with pytest.raises(RuntimeError, match="meta"):
+        loss.item()                                     # so a wait would have been noticed
 
 
 @pytest.mark.parametrize("method", METHODS)

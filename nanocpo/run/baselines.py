@@ -10,6 +10,7 @@ from ..data import Paintings, to_images
 from ..diffusion import guide
 from ..losses import dpo_loss, sft_loss
 from ..method import add_noise, draw_t, preference_prompts, two_targets
+from ..utils.device import send
 
 
 def best_pictures(data, columns, share):
@@ -53,10 +54,10 @@ def dpo_step(target, reference, criteria, pair, generator, *, lean, beta, stabil
     """One batch of Diffusion-DPO (E8): (loss, logs, t). pair: (winners, losers) of Pairs.draw."""
     win, lose = pair
     diffusion = target.diffusion
-    t = draw_t(len(win.captions), diffusion.steps, generator, lean).to(target.device)
+    t = draw_t(len(win.captions), diffusion.steps, generator, lean)
     xt_win, x0_win, noise = add_noise(target, win, t, generator)
     xt_lose, x0_lose, _ = add_noise(target, lose, t, generator, noise)       # same t, same noise
-    both, times = torch.cat([xt_win, xt_lose]), torch.cat([t, t])
+    both, times = torch.cat([xt_win, xt_lose]), send(torch.cat([t, t]), target.device)
     plain = target.text.tokens([criteria.prompt(c) for c in win.captions + lose.captions])
     with torch.no_grad():
         ref_win, ref_lose = reference(both, times, plain).chunk(2)
@@ -70,11 +71,12 @@ def esd_step(target, auxiliary, criteria, batch, generator, *, columns, pairs, l
     """One batch of ESD (erasing concepts from diffusion models, 2303.07345): (loss, logs, t) of
     plain regression to the target guided at scale 1 / (1 - k), k = strength, where CPO's rule
     `constant` ends (E17)."""
-    t = draw_t(len(batch.captions), target.diffusion.steps, generator, lean).to(target.device)
+    t = draw_t(len(batch.captions), target.diffusion.steps, generator, lean)
     xt, _, _ = add_noise(target, batch, t, generator)
-    z_win, z_lose = two_targets(auxiliary, xt, t,
+    t_device = send(t, target.device)
+    z_win, z_lose = two_targets(auxiliary, xt, t_device,
                                 *preference_prompts(criteria, batch, columns, pairs))
-    eps = target(xt, t, target.text.tokens([criteria.prompt(c) for c in batch.captions]))
+    eps = target(xt, t_device, target.text.tokens([criteria.prompt(c) for c in batch.captions]))
     return *sft_loss(eps, guide(z_win, z_lose, 1 / (1 - strength))), t
 
 

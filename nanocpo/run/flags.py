@@ -1,8 +1,10 @@
 """From the dataclasses of settings.py to command-line flags, and back."""
 import argparse
 import sys
+from contextlib import contextmanager
 from dataclasses import fields
 
+from ..utils import ranks
 from .settings import SAMPLING, STABLE_DIFFUSION, TOY, Weights
 
 
@@ -58,10 +60,11 @@ def _parser(description, argv, toy, stable_diffusion):
     return parser, argv
 
 
-def _check(parser, check, *arguments):
-    """Call check(*arguments); its ValueError, values that do not go together, is the parser's."""
+@contextmanager
+def _told(parser):
+    """A ValueError inside, values that do not go together, is told by the parser."""
     try:
-        check(*arguments)
+        yield
     except ValueError as error:
         parser.error(str(error))
 
@@ -78,10 +81,26 @@ def parse_training(description, argv, names, check=None, extend=None):
         extend(parser)
     args = parser.parse_args(argv)
     settings = (STABLE_DIFFUSION if args.weights else TOY).changed(**vars(args))
-    _check(parser, settings.check)
+    with _told(parser):
+        settings.check()
+    settings = _for_processes(parser, settings)
     if check:
-        _check(parser, check, args)
+        with _told(parser):
+            check(args)
     return (settings, args) if extend else settings
+
+
+def _for_processes(parser, settings):
+    """The same settings with a step that the processes of torchrun can share; says what a step
+    is then."""
+    common, several = settings.common, ranks.count()
+    if several == 1:
+        return settings
+    with _told(parser):
+        batch, accumulate = ranks.divided(common.batch, common.accumulate)
+    print(f"{several} processes; a step is {batch * accumulate} pictures, {accumulate} batches of "
+          f"{batch}: the run of --batch {batch} --accumulate {accumulate} in one process")
+    return settings.changed(batch=batch, accumulate=accumulate)
 
 
 def parse_sampling(description, argv):
@@ -91,5 +110,6 @@ def parse_sampling(description, argv):
     args = vars(parser.parse_args(argv))
     sampling, weights = (type(part)(**{f.name: args[f.name] for f in fields(part)})
                          for part in (toy, Weights()))
-    _check(parser, weights.check)
+    with _told(parser):
+        weights.check()
     return sampling, weights

@@ -9,7 +9,8 @@ import re
 from dataclasses import asdict, dataclass, field, fields, replace
 
 from ..losses import RULES
-from ..utils.cli import above, pick_device
+from ..utils.cli import above
+from ..utils.device import pick_device
 
 METHODS = ("cpo", "esd", "dpo", "sft")
 TEACHES = ("cpo", "esd")            # those in which the auxiliary teaches
@@ -101,7 +102,7 @@ class CPO:
                           type=above(0, float))
     # the early checkpoint is often the better one
     steps: int = setting(150, "steps of stage 2", type=above(0))
-    lr: float = setting(6e-4, "learning rate of stage 2", type=above(0, float))
+    lr: float = setting(1.2e-3, "learning rate of stage 2 (AdamW)", type=above(0, float))
     # where little of the training picture is left to contradict the prompt
     lean: float = setting(0.4, "cpo and esd train at t = T u^lean, u uniform", more=True,
                           type=above(0, float))

@@ -101,14 +101,16 @@ def stage_2(world, base, auxiliary, watch=None):
     if cpo.paint:
         made_of["sampling_steps"] = settings.report.sampling_steps
     step = alignment_step(settings, world.data.split("train"), base, auxiliary)
-    return train(world, cpo.name, world.trainable(base), cpo.steps, cpo.lr, step, made_of, watch)
+    return train(world, cpo.name, world.trainable(base), cpo.steps, cpo.lr, step, made_of, watch,
+                 muon=False)
 
 
-def train(world, name, model, steps, lr, loss_step, made_of, watch=None):
-    """fit() as the settings say; returns (the averaged model, frozen; the last log line)."""
+def train(world, name, model, steps, lr, loss_step, made_of, watch=None, muon=True):
+    """fit() as the settings say, with Muon or with AdamW alone; returns (the averaged model,
+    frozen; the last log line)."""
     common = world.settings.common
     average, line = fit(
-        model, loss_step, Recipe(steps, lr), world.path(name), name=name, seed=common.seed,
+        model, loss_step, Recipe(steps, lr, muon), world.path(name), name=name, seed=common.seed,
         bf16=world.autocast, accumulate=common.accumulate, resume=common.resume,
         save_every=common.save_every, sample_every=common.sample_every,
         pictures=watch or world.pictures(name), made_of=everything(world, steps, lr, made_of))

@@ -11,6 +11,7 @@ from tqdm import tqdm
 from ..criteria import Criteria
 from ..data import Batch, Paintings, to_tensor
 from ..folder.reading import open_picture, read_folder
+from ..utils import ranks
 from ..utils.checkpoint import fingerprint
 from .model import cached
 
@@ -56,7 +57,8 @@ def load_latents(common, weights, base):
                          "metadata.jsonl")
     resolution = max(base.backbone.size)
     sizes, vae, cache = buckets(resolution, weights.bucket_step), base.latents, base.text.cache
-    enlarged, bar = [], tqdm(desc="latents", leave=False, mininterval=2)
+    enlarged, bar = [], tqdm(desc="latents", leave=False, mininterval=2,
+                         disable=not ranks.first())
     key = f"{vae.config} {fingerprint(vae)}" if cache else ""
 
     def latents(path):
@@ -73,6 +75,10 @@ def load_latents(common, weights, base):
             return cached(cache, f"latents {key} {image.size} {digest}", encode)
 
     criteria = Criteria.load(common.tree) if common.tree else None
+    if cache and ranks.count() > 1:               # each encodes its part; then all read all of it
+        read_folder(common.data, criteria, ranks.every_nth(latents), common.skip_bad)
+        ranks.wait()
+        enlarged.clear()
     criteria, rows, skipped = read_folder(common.data, criteria, latents, common.skip_bad)
     bar.close()
     if enlarged:

@@ -17,6 +17,7 @@ from ..criteria import Prompt
 from ..losses import at_least_float32
 from ..model import Model
 from ..utils.checkpoint import fingerprint, save_checkpoint
+from ..utils.device import send
 from .lora import LoRA
 
 
@@ -92,8 +93,8 @@ class Backbone:
                                 for p in prompts))
         length = math.lcm(*map(len, context))
         context = torch.stack([c.repeat(length // len(c), 1) for c in context])
-        return (context.to(self.device),
-                torch.stack(pooled).to(self.device) if pooled[0] is not None else None)
+        return (send(context, self.device),
+                send(torch.stack(pooled), self.device) if pooled[0] is not None else None)
 
     def _encode(self, prompt):
         """One prompt -> (context (L, width), XL's pooled (width,) of its first window or None), on
@@ -156,8 +157,8 @@ class SDModel(Model):
         if unet.config.size_dim:
             # original size, crop, target size: the picture is what it looks like
             height, width = (side * self.backbone.parts.vae.factor for side in xt.shape[2:])
-            sizes = torch.tensor([[height, width, 0, 0, height, width]],
-                                 device=xt.device).expand(len(xt), 6)
+            sizes = send(torch.tensor([[height, width, 0, 0, height, width]]), xt.device)
+            sizes = sizes.expand(len(xt), 6)
         with self.backbone.lora.using(self.adapter), torch.autocast(xt.device.type, enabled=False):
             pooled = None if pooled is None else pooled.to(dtype)
             return at_least_float32(unet(xt.to(dtype), t, context.to(dtype), pooled, sizes))

@@ -12,8 +12,9 @@ import torch
 from ..criteria import Prompt
 from ..data import to_images
 from ..run.stages import alignment_step
+from ..utils import ranks
 from ..utils.checkpoint import CURE, load_checkpoint
-from ..utils.cli import pick_device
+from ..utils.device import pick_device
 from ..utils.grid import save_grid
 from . import lora
 from .files import WeightsError
@@ -109,9 +110,11 @@ class StableDiffusion:
 
     def publish(self, model, name):
         path = self.out / f"{name}.safetensors"
-        lora.save(model.adapter, path)
-        lora.save(model.adapter, self.out / f"{name}_kohya.safetensors", "kohya")
-        print(f"{path} written")
+        if ranks.first():
+            lora.save(model.adapter, path)
+            lora.save(model.adapter, self.out / f"{name}_kohya.safetensors", "kohya")
+            print(f"{path} written")
+        ranks.wait()
         return with_lora(self.base, path) if name == "auxiliary" else model
 
     def pictures(self, name):
@@ -131,6 +134,8 @@ class StableDiffusion:
         return bool(self.settings.weights.lora)           # as the judge of --method sft
 
     def report(self, base, auxiliary, target, seconds):
+        if not ranks.first():
+            return None
         held = held_out(self.data)
         # so that every timestep bin is measured
         evenly = self.settings.changed(method="cpo", lean=1.0)

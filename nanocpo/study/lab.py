@@ -32,7 +32,7 @@ OPTIMIZERS = {
     "free outputs": lambda model: torch.optim.SGD(model.parameters(), 1.0),
     "SGD": lambda model: torch.optim.SGD(model.parameters(), 1.0),
     "Adam": lambda model: torch.optim.Adam(model.parameters(), 1e-3),
-    "Muon": lambda model: Muon(model, 1e-3, 0.0),
+    "Muon": lambda model: Muon(model, 1e-3, weight_decay=0.0),
 }
 
 

@@ -26,26 +26,27 @@ from .plots import bar_chart, line_chart, matrix_chart
 
 # Every method's search: four settings. A first guess, another learning rate, another value of the
 # method's own knob; and a fourth where the best of these three lay at an edge.
-DPO_SETTINGS = [dict(lr=3e-4, beta=200.0), dict(lr=1e-4, beta=200.0),
-                dict(lr=3e-4, beta=1000.0), dict(lr=5e-5, beta=200.0)]
+DPO_SETTINGS = [dict(lr=6e-4, beta=200.0), dict(lr=2e-4, beta=200.0),
+                dict(lr=6e-4, beta=1000.0), dict(lr=1e-4, beta=200.0)]
 
 
 def _strengths(first, other, fourth):
-    return [dict(lr=6e-4, strength=first), dict(lr=3e-4, strength=first),
-            dict(lr=6e-4, strength=other), dict(lr=6e-4, strength=fourth)]
+    return [dict(lr=1.2e-3, strength=first), dict(lr=6e-4, strength=first),
+            dict(lr=1.2e-3, strength=other), dict(lr=1.2e-3, strength=fourth)]
 
 
 METHODS = {
-    "SFT on the best": (dict(method="sft"), [dict(lr=6e-4, best=0.1), dict(lr=1.2e-3, best=0.1),
-                                             dict(lr=6e-4, best=0.03), dict(lr=6e-4, best=0.01)]),
+    "SFT on the best": (dict(method="sft"),
+                        [dict(lr=1.2e-3, best=0.1), dict(lr=2.4e-3, best=0.1),
+                         dict(lr=1.2e-3, best=0.03), dict(lr=1.2e-3, best=0.01)]),
     "Diffusion-DPO": (dict(method="dpo", stabilizer="none"), DPO_SETTINGS),
     "Diffusion-DPO, safeguard": (dict(method="dpo", stabilizer="safeguard", strength=0.2),
                                  DPO_SETTINGS),
     "guided target (ESD)": (dict(method="esd"), _strengths(0.55, 0.7, 0.4)),
-    "CPO none": (dict(stabilizer="none"), [dict(lr=6e-4), dict(lr=2e-4),
-                                           dict(lr=6e-4, beta=100.0), dict(lr=5e-5)]),
-    "CPO winner": (dict(stabilizer="winner"), [dict(lr=6e-4), dict(lr=3e-4),
-                                               dict(lr=1.2e-3), dict(lr=2.4e-3)]),
+    "CPO none": (dict(stabilizer="none"), [dict(lr=1.2e-3), dict(lr=4e-4),
+                                           dict(lr=1.2e-3, beta=100.0), dict(lr=1e-4)]),
+    "CPO winner": (dict(stabilizer="winner"), [dict(lr=1.2e-3), dict(lr=6e-4),
+                                               dict(lr=2.4e-3), dict(lr=4.8e-3)]),
     "CPO constant": (dict(stabilizer="constant"), _strengths(0.55, 0.7, 0.4)),
     "CPO safeguard": (dict(stabilizer="safeguard"), _strengths(0.2, 0.6, 0.4)),
     "CPO balance": (dict(stabilizer="balance"), _strengths(0.85, 0.6, 0.7)),
@@ -55,7 +56,7 @@ SAMPLERS = {"base": ("base", "plain"), "auxiliary prompted": ("auxiliary", "prom
             "auxiliary guided": ("auxiliary", "guided")}
 SPEED = {rule: dict(stabilizer=rule, strength=RULES[rule].strength) for rule in RULES}
 # the rate at which vanilla does best (study methods)
-SPEED["none, slower"] = dict(stabilizer="none", lr=5e-5)
+SPEED["none, slower"] = dict(stabilizer="none", lr=1e-4)
 # of decoupling: the target ends at z_win, or a little short of it (E12)
 DOSES = {"k 0": 0.0, "k -0.05": -0.05, "k -0.1": -0.1}
 # of annotation: shares of leaves judged (90 % as painted), of verdicts wrong

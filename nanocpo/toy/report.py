@@ -13,7 +13,8 @@ from pathlib import Path
 from ..data import to_images
 from ..model import load_model
 from ..utils.checkpoint import differences, fingerprint, save_json
-from ..utils.cli import above, command, pick_device
+from ..utils.cli import above, command
+from ..utils.device import pick_device
 from ..utils.report import write_report
 from .evaluate import evaluate
 

@@ -10,8 +10,9 @@ from ..criteria import Criteria
 from ..data import to_images
 from ..folder.reading import from_folder
 from ..model import Model, load_model
+from ..utils import ranks
 from ..utils.checkpoint import CURE, is_finished, load_checkpoint, use_again
-from ..utils.cli import pick_device
+from ..utils.device import pick_device
 from ..utils.grid import save_grid
 from .critic import judge, unmeasured
 from .evaluate import all_prompts, unfit
@@ -103,6 +104,8 @@ class Toy:
             print(f"no report: {reason}; look at OUT/samples and the log instead")
             return None
         settings = self.settings
+        if not ranks.first():
+            return None
         return report(settings.common.out, settings.cpo.name, base, auxiliary, target,
                       settings.report, settings.common.seed, seconds)
 

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import torch
 
+from . import ranks
+
 
 @contextmanager
 def atomic_write(path):
@@ -19,7 +21,8 @@ def atomic_write(path):
     ends well: never half a file."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
+    # a name for each process: several may fill one cache
+    temporary = path.with_name(f"{path.name}.tmp{ranks.number() or ''}")
     yield temporary
     with open(temporary, "rb+") as file:
         os.fsync(file.fileno())

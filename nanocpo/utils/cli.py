@@ -1,8 +1,11 @@
 """What all commands share: two types of flags, and how errors are told."""
 import argparse
+import os
 import sys
 
 import torch
+
+from . import ranks
 
 
 def above(low, kind=int):
@@ -15,24 +18,19 @@ def above(low, kind=int):
     return number
 
 
-def pick_device(name):
-    """The argparse type of --device: "auto" takes cuda, then mps, then cpu."""
-    if name == "auto":
-        name = ("cuda" if torch.cuda.is_available()
-                else "mps" if torch.backends.mps.is_available() else "cpu")
-    try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:               # torch raises either
-        raise argparse.ArgumentTypeError(
-            f"torch cannot use {name} ({str(error).splitlines()[0]})") from error
-
-
-def command(main):
+def command(main, several=False):
     """Run a script's main(). An error that its user can mend (ValueError or one that this package
     made of it), or that a file system, a diverging training or a full GPU raises, is told in one
-    line and ends with status 1; `python -X dev` shows where it arose, as all other errors do."""
+    line and ends with status 1; `python -X dev` shows where it arose, as all other errors do.
+
+    several: whether it may be one of several processes (torchrun)."""
     try:
+        if several:
+            ranks.start()
+        elif int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            raise ValueError("only train_sft.py and train_cpo.py can be started with torchrun")
         main()
+        ranks.stop()
     except torch.cuda.OutOfMemoryError as error:
         if sys.flags.dev_mode:
             raise
@@ -44,4 +42,10 @@ def command(main):
         own = type(error) is ValueError or type(error).__module__.split(".")[0] == "nanocpo"
         if sys.flags.dev_mode or not (own or isinstance(error, (OSError, FloatingPointError))):
             raise
-        sys.exit(f"error: {error}")
+        where = f" in process {ranks.number()}" if ranks.count() > 1 else ""
+        sys.exit(f"error{where}: {error}")
+    except RuntimeError as error:
+        if sys.flags.dev_mode or not ranks.is_of_another(error):
+            raise
+        sys.exit("error: another process of this run has ended; which one stands below, in "
+                 "torchrun's lines (root cause). --resume goes on from the last checkpoint")
