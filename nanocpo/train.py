@@ -162,7 +162,9 @@ class Log:
         """Append the line of this step, and begin the next window; returns the line."""
         self.line = {"name": self.name, "step": step, "lr": lr, "gradient_norm": gradient_norm,
                      "seconds": round(time.time() - self.start, 2)}
-        self.line |= summarize(ranks.gathered(self.window), timesteps)
+        # on the CPU: what lies on one GPU is of no use to the process of another
+        window = [(t, {key: x.cpu() for key, x in logs.items()}) for t, logs in self.window]
+        self.line |= summarize(ranks.gathered(window), timesteps)
         self.window = []
         if ranks.first():
             with open(self.path, "a") as file:
