@@ -178,7 +178,8 @@ class Bench:
         return best
 
     def parts(self, steps=20):
-        """{part: share of a CPO step}, over steps of which one writes the log."""
+        """{part: share of a CPO step}, over steps of which one writes the log; the copies of the
+        model at the start are in "the rest"."""
         watch = Stopwatch(self.wait)
         forward = Model.forward
 
@@ -195,13 +196,12 @@ class Bench:
                   (Muon, "step", "optimiser"),
                   (train.TrainingState, "step", "average"), (train.Log, "write", "log")]
         try:
-            with watch.on(places):
-                total = self.ours("cpo", steps).sum()
+            with watch.on(places), watch.part("the rest"):
+                self.ours("cpo", steps)
         finally:
             Model.forward = forward
-        shares = {name: seconds / (steps + 2) * steps / total
-                  for name, seconds in watch.seconds.items()}
-        return shares | {"the rest": max(0, 1 - sum(shares.values()))}
+        total = sum(watch.seconds.values())
+        return {name: seconds / total for name, seconds in watch.seconds.items()}
 
 
 class Stopwatch:

@@ -34,7 +34,7 @@ def test_one_small_step_of_each_kind_runs(what, more, capsys):
 def test_several_steps_say_how_fast_they_are(capsys):
     script("sd")["main"](["adapters", "--width", "0.1", "--size", "8", "--steps", "2"])
     _, seconds, share = map(float, capsys.readouterr().out.split())
-    assert seconds > 0 and 0 < share < 1
+    assert seconds > 0 and share > 0
 
 
 def test_a_step_of_the_toy_is_measured_part_by_part(capsys):
@@ -48,7 +48,7 @@ def test_a_step_of_the_toy_is_measured_part_by_part(capsys):
     expected = {"auxiliary", "reference", "target, forward", "backward", "optimiser", "average",
                 "data", "prompts", "noise", "loss", "log", "gradient norm", "the rest"}
     assert shares.keys() <= expected and shares.keys() >= expected - {"log"}
-    assert sum(shares.values()) == pytest.approx(1, abs=0.1) and min(shares.values()) >= 0
+    assert sum(shares.values()) == pytest.approx(1) and min(shares.values()) >= 0
 
 
 def test_the_plain_step_has_the_same_network(capsys):
@@ -57,13 +57,13 @@ def test_the_plain_step_has_the_same_network(capsys):
     assert len(bench.plain(1)) == 1                        # it compares the numbers of parameters
 
 
-def test_a_part_inside_a_part_counts_once():
+def test_a_part_inside_a_part_counts_once(monkeypatch):
     watch = script("step")["Stopwatch"](lambda: None)
-    with watch.part("outer"):
-        time.sleep(0.02)
-        with watch.part("inner"):
-            time.sleep(0.05)
-    assert 0.02 <= watch.seconds["outer"] < 0.05 <= watch.seconds["inner"]
+    clock = iter([0.0, 1.0, 6.0, 7.0])                   # outer, inner; inner ends, outer ends
+    monkeypatch.setattr(time, "perf_counter", lambda: next(clock))
+    with watch.part("outer"), watch.part("inner"):
+        pass
+    assert watch.seconds == {"outer": 2.0, "inner": 5.0}
 
 
 def test_without_a_gpu_it_says_so(monkeypatch):

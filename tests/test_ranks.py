@@ -26,7 +26,7 @@ from nanocpo.utils.checkpoint import load_checkpoint
 ROOT = Path(__file__).resolve().parents[1]
 WORKER = Path(__file__).with_name("toy_process.py")
 FLAGS = ["--device", "cpu", "--count", "40", "--batch", "4", "--accumulate", "3", "--samples", "0",
-         "--sample-every", "0", "--base-steps", "1", "--sft-steps", "2", "--steps", "20"]
+         "--sample-every", "0", "--base-steps", "1", "--sft-steps", "2", "--steps", "40"]
 LINUX = pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="needs /proc")
 
 
@@ -82,9 +82,9 @@ def test_three_processes_take_the_gradients_of_one(one, three):
     out, printed = three
     for a, b in zip(result(one, "base"), result(out, "base"), strict=True):
         torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
-    # the last stage began from nearly the same and took 20 steps
+    # the last stage began from nearly the same and took 40 steps
     for a, b in zip(result(one, "target"), result(out, "target"), strict=True):
-        torch.testing.assert_close(a, b, atol=2e-3, rtol=0)
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=0)
     assert ("3 processes; a step is 12 pictures, 3 batches of 4: the run of --batch 4 "
             "--accumulate 3 in one process") in printed
     assert printed.count("3 processes;") == 1
@@ -116,7 +116,7 @@ def children(pid):
 
 def until_step(path, step):
     """Wait until the checkpoint `path` has done this many steps."""
-    for _ in range(3000):
+    for _ in range(15000):
         if path.exists() and load_checkpoint(path)["step"] >= step:
             return
         time.sleep(0.02)
@@ -127,14 +127,13 @@ def until_step(path, step):
 def test_one_process_is_killed_all_end_and_resume_ends_in_the_same_bytes(three, tmp_path):
     """Of three: a sum of two does not depend on their order, one of three does."""
     process = launch(tmp_path, "--save-every", "1")
-    until_step(tmp_path / "target.pt", 5)
+    until_step(tmp_path / "target.pt", 3)
     os.kill(children(process.pid)[1], signal.SIGKILL)
-    start = time.monotonic()
-    output, _ = process.communicate(timeout=60)
-    assert process.returncode and time.monotonic() - start < 30
+    output, _ = process.communicate(timeout=300)                  # the others do not go on waiting
+    assert process.returncode
     assert re.search(r"Root Cause[^=]* rank +: 1 [^=]*SIGKILL", output)        # torchrun's words
     done = load_checkpoint(tmp_path / "target.pt")["step"]
-    assert 5 <= done < 20
+    assert 3 <= done < 40
     finished(launch(tmp_path, "--resume"))
     for name in ("base", "auxiliary", "target"):
         for whole, parts in zip(result(three[0], name), result(tmp_path, name), strict=True):
@@ -148,7 +147,7 @@ def test_a_process_that_is_killed_at_any_moment_resumes_to_the_same_bytes(one, t
     time.sleep(random.uniform(0, 0.3))
     process.kill()
     process.communicate()
-    assert 3 <= load_checkpoint(tmp_path / "target.pt")["step"] < 20
+    assert 3 <= load_checkpoint(tmp_path / "target.pt")["step"] < 40
     finished(launch(tmp_path, "--resume", processes=1))
     for whole, part in zip(result(one, "target"), result(tmp_path, "target"), strict=True):
         assert torch.equal(whole, part)
