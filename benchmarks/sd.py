@@ -11,7 +11,6 @@ Random weights, no file is read.
         # operations of a step, counted without computing anything
 """
 import argparse
-import resource
 import subprocess
 import sys
 import time
@@ -22,7 +21,10 @@ from pathlib import Path
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from a clone without installing
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE.parent), str(HERE)]                  # run from a clone without installing
+from machine import now, peak, product  # noqa: E402
+
 from nanocpo.losses import cpo_loss  # noqa: E402
 from nanocpo.sd.lora import LoRA  # noqa: E402
 from nanocpo.sd.model import recomputed  # noqa: E402
@@ -151,32 +153,6 @@ def cpo_steps(args, kind, count):
     return seconds, counter.get_total_flops() if count > 1 else 0
 
 
-def product(args, size=1024):
-    """Floating point operations a second of this machine's matrix products, the best of five."""
-    size, best = size * (8 if args.device.startswith("cuda") else 1), 0
-    x = torch.randn(size, size, device=args.device, dtype=getattr(torch, args.dtype))
-    for _ in range(6):
-        start = now(args.device)
-        x @ x
-        best = max(best, 2 * size ** 3 / (now(args.device) - start))
-    return best
-
-
-def now(device):
-    """Seconds, once the GPU has done what it was asked for."""
-    if device.startswith("cuda"):
-        torch.cuda.synchronize()
-    return time.perf_counter()
-
-
-def peak(device):
-    """Peak memory of this process until now, MiB: of the GPU, or resident."""
-    if device.startswith("cuda"):
-        return torch.cuda.max_memory_allocated() / 2 ** 20
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-            / (2 ** 20 if sys.platform == "darwin" else 2 ** 10))
-
-
 def oracles():
     """diffusers; ends the program with the cure where it is missing."""
     try:
@@ -217,7 +193,7 @@ def one(args):
     seconds, flops = cpo_steps(args, args.what, args.steps)
     later = sorted(seconds[1:] or seconds)
     median, most = later[len(later) // 2], peak(args.device)
-    share = flops / median / product(args) if flops else 0
+    share = flops / median / product(args.device, getattr(torch, args.dtype)) if flops else 0
     print(f"{most - before:.0f} {median:.4f} {share:.3f}")
 
 

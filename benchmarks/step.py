@@ -11,7 +11,6 @@ names the median of --rounds rounds, and its range.
 """
 import argparse
 import io
-import resource
 import subprocess
 import sys
 import tempfile
@@ -24,7 +23,10 @@ import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from a clone without installing
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE.parent), str(HERE)]                  # run from a clone without installing
+from machine import peak, product  # noqa: E402
+
 import nanocpo.method as method  # noqa: E402
 import nanocpo.train as train  # noqa: E402
 from nanocpo.criteria import Criteria  # noqa: E402
@@ -163,20 +165,6 @@ class Bench:
                       torch.zeros(batch, dtype=torch.long, device=self.device), prompts)
         return counter.get_total_flops()
 
-    def product(self, size=2048):
-        """Floating point operations a second of this machine's matrix products, the best of
-        five."""
-        dtype = torch.bfloat16 if self.bf16 else torch.float32
-        size, best = size * (4 if self.device.type == "cuda" else 1), 0
-        x = torch.randn(size, size, device=self.device, dtype=dtype)
-        for _ in range(5):
-            self.wait()
-            start = time.perf_counter()
-            x @ x
-            self.wait()
-            best = max(best, 2 * size ** 3 / (time.perf_counter() - start))
-        return best
-
     def parts(self, steps=20):
         """{part: share of a CPO step}, over steps of which one writes the log; the copies of the
         model at the start are in "the rest"."""
@@ -264,7 +252,7 @@ def compare(args):
     kinds = [*KINDS, "plain"] if has_diffusers() else list(KINDS)
     seconds, products = {kind: [] for kind in kinds}, []
     for _ in range(args.rounds):
-        products.append(bench.product())
+        products.append(product(bench.device, torch.bfloat16 if bench.bf16 else torch.float32))
         for kind in kinds:
             run = bench.plain if kind == "plain" else lambda n: bench.ours(kind, n)
             seconds[kind].extend(run(args.steps))
@@ -328,14 +316,6 @@ def one(args):
     before = peak(args.device)
     bench = Bench(args.batch, args.size, args.width, args.device, args.bf16)
     print(f"{middle(bench.ours('cpo', args.steps))[0]} {peak(args.device) - before}")
-
-
-def peak(device):
-    """Peak memory of this process until now, MiB."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated() / 2 ** 20
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-            / (2 ** 20 if sys.platform == "darwin" else 2 ** 10))
 
 
 def growth(args):

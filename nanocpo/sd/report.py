@@ -21,6 +21,7 @@ from ..data import SPLITS, Batch, to_images
 from ..losses import sft_loss
 from ..method import add_noise
 from ..train import BINS, summarize
+from ..utils.device import send
 from ..utils.report import interval, write_report
 
 PICTURES, PAIRS = 32, 8             # held-out pictures that are measured, pairs in the PNG: at most
@@ -44,10 +45,11 @@ def errors(model, latents, *prompts, seed=0):
     for x0, *asked in zip(latents, *prompts):
         tokens = model.text.tokens(asked)
         for i in range(BINS):
-            t = torch.tensor([(2 * i + 1) * steps // (2 * BINS)]).to(model.device)
+            t = torch.tensor([(2 * i + 1) * steps // (2 * BINS)])
             xt, x0_, noise = add_noise(model, Batch([], None, latents=x0[None]), t, generator)
             goal = model.diffusion.goal(x0_, t, noise)
-            prediction = model(torch.cat([xt] * len(asked)), torch.cat([t] * len(asked)), tokens)
+            times = send(torch.cat([t] * len(asked)), model.device)
+            prediction = model(torch.cat([xt] * len(asked)), times, tokens)
             out.append(sft_loss(prediction, goal.expand_as(prediction))[1]["loss"].cpu())
     return torch.stack(out).double().view(-1, BINS, len(prompts)).numpy()
 
