@@ -1,10 +1,11 @@
-"""Diffusion: noise schedules, the forward process, eps / v / x0 conversions, guidance, and one
-sampler for DDPM and DDIM.
+"""Diffusion: noise schedules, the forward process, what a model predicts, guidance, and one sampler
+for DDPM, DDIM and flow matching.
 
-    x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps      (2006.11239, equation 4; E1)
+    x_t = a x_0 + s eps       a = sqrt(alpha_bar_t), s = sqrt(1 - alpha_bar_t)     (E1)
 
-t = 0 .. T-1. Tensors are (B, C, H, W), t is (B,) int64. "E1" and the like are equations of
-docs/derivation.md.
+(2006.11239, equation 4). Flow matching divides a and s by their sum, so that x_t lies on the
+straight line from picture to noise (E20). t = 0 .. T-1. Tensors are (B, C, H, W), t is (B,) int64.
+"E1" and the like are equations of docs/derivation.md.
 """
 import torch
 
@@ -26,7 +27,19 @@ def scaled_linear_alpha_bar(steps=1000):
     return torch.cumprod(1 - beta, 0)
 
 
-SCHEDULES = {"cosine": cosine_alpha_bar, "scaled_linear": scaled_linear_alpha_bar}
+def straight_alpha_bar(steps=1000):
+    """alpha_bar (steps,) float64 for which s / (a + s) is (t + 1) / T: flow matching in even steps
+    (2209.03003)."""
+    s = torch.arange(1, steps + 1, dtype=torch.float64) / steps
+    return (1 - s) ** 2 / ((1 - s) ** 2 + s ** 2)
+
+
+SCHEDULES = {"cosine": cosine_alpha_bar, "scaled_linear": scaled_linear_alpha_bar,
+             "straight": straight_alpha_bar}
+# What a model predicts, p x_0 + q eps at x_t = a x_0 + s eps: (p, q) from (a, s).
+PREDICTIONS = {"eps": lambda a, s: (0, 1),         # the noise (2006.11239)
+               "v": lambda a, s: (-s, a),          # the velocity on the circle (2202.00512)
+               "flow": lambda a, s: (-1, 1)}       # the velocity on the line (2209.03003)
 SPACINGS = ("power", "leading", "trailing")
 
 
@@ -45,8 +58,7 @@ def guide(positive, negative, scale):
 
 
 class Diffusion:
-    """A schedule and what the model predicts: "eps", or "v" = sqrt(alpha_bar) eps -
-    sqrt(1 - alpha_bar) x0 (2202.00512).
+    """A schedule and what the model predicts: a row of SCHEDULES and one of PREDICTIONS.
 
     spacing: which timesteps are sampled; "power" is the toy's, "leading" and "trailing" are
     Stable Diffusion's. fixed_stride: where a step leads. False: to the next of these timesteps,
@@ -57,27 +69,32 @@ class Diffusion:
 
     def __init__(self, schedule="cosine", prediction="v", steps=1000, zero_snr=False,
                  spacing="power", fixed_stride=False):
-        if schedule not in SCHEDULES or prediction not in ("eps", "v"):
-            raise ValueError(f"schedule is one of {', '.join(SCHEDULES)} and prediction eps or v, "
-                             f"not {schedule}, {prediction}")
+        if schedule not in SCHEDULES or prediction not in PREDICTIONS:
+            raise ValueError(f"schedule is one of {', '.join(SCHEDULES)} and prediction one of "
+                             f"{', '.join(PREDICTIONS)}, not {schedule}, {prediction}")
         if spacing not in SPACINGS:
             raise ValueError(f"spacing is one of {', '.join(SPACINGS)}, not {spacing}")
-        if zero_snr and prediction == "eps":
-            raise ValueError("zero-terminal SNR needs prediction v: pure noise does not tell x0 "
-                             "from eps")
         self.prediction, self.steps = prediction, steps
         self.spacing, self.fixed_stride = spacing, fixed_stride
         self.alpha_bar = SCHEDULES[schedule](steps)
         if zero_snr:
             self.alpha_bar = zero_terminal_snr(self.alpha_bar)
+        if prediction == "eps" and self.alpha_bar[-1] == 0:
+            raise ValueError("zero-terminal SNR needs prediction v: pure noise does not tell x0 "
+                             "from eps")
+
+    def shares(self, alpha_bar):
+        """a and s, the shares of picture and noise in x_t, at noise levels alpha_bar (any
+        shape)."""
+        a, s = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
+        return (a / (a + s), s / (a + s)) if self.prediction == "flow" else (a, s)
 
     def scales(self, t, like):
-        """sqrt(alpha_bar_t) and sqrt(1 - alpha_bar_t) for t (B,), shaped (B, 1, 1, 1), with the
-        dtype and on the device of `like`. t is best on the CPU, where the schedule is."""
+        """a and s for t (B,), shaped (B, 1, 1, 1), with the dtype and on the device of `like`. t is
+        best on the CPU, where the schedule is."""
         alpha_bar = self.alpha_bar[t.cpu()]                    # Apple's GPUs have no float64
         alpha_bar = alpha_bar.view(-1, *[1] * (like.dim() - 1))
-        return tuple(send(x.sqrt().to(like.dtype), like.device)
-                     for x in (alpha_bar, 1 - alpha_bar))
+        return tuple(send(x.to(like.dtype), like.device) for x in self.shares(alpha_bar))
 
     def q_sample(self, x0, t, noise):
         """The forward process (E1): x_t from x_0 and noise, both (B, C, H, W)."""
@@ -85,16 +102,18 @@ class Diffusion:
         return a * x0 + s * noise
 
     def goal(self, x0, t, noise):
-        """What the model should predict at x_t: the noise, or the velocity."""
-        a, s = self.scales(t, x0)
-        return noise if self.prediction == "eps" else a * noise - s * x0
+        """What the model should predict at x_t: the noise, or a velocity."""
+        p, q = PREDICTIONS[self.prediction](*self.scales(t, x0))
+        return p * x0 + q * noise
 
     def x0_and_eps(self, prediction, xt, t):
         """The model's prediction at x_t -> (x0, eps) that it implies."""
         a, s = self.scales(t, xt)
-        if self.prediction == "eps":
-            return (xt - s * prediction) / a, prediction
-        return a * xt - s * prediction, s * xt + a * prediction
+        p, q = PREDICTIONS[self.prediction](a, s)
+        # two equations, x_t and the prediction, for two unknowns
+        determinant = a * q - s * p
+        return ((q * xt - s * prediction) / determinant,
+                (a * prediction - p * xt) / determinant)
 
     def timesteps(self, count):
         """`count` different timesteps, falling. leading: multiples of T // count, plus 1;
@@ -123,17 +142,18 @@ class Diffusion:
         eta 0 is DDIM (2010.02502, equation 12), eta 1 the posterior of DDPM (E6). Noise is added
         unless the step leads to the picture itself (alpha_bar_next = 1); it is drawn on the CPU,
         as the generator's. clip: brings x0 back among the latents of pictures; None: no bounds."""
-        here, there = self.alpha_bar[now], alpha_bar_next
+        a, s = self.shares(self.alpha_bar[now])
+        a_next, s_next = self.shares(alpha_bar_next.double())
         # Which picture, and which noise in it, does the prediction imply?
         x0, eps = self.x0_and_eps(prediction, xt, torch.full((len(xt),), now))
         if clip:
             x0 = clip(x0)
-            eps = (xt - here.sqrt().to(xt) * x0) / (1 - here).sqrt().to(xt)
+            eps = (xt - a.to(xt) * x0) / s.to(xt)
         # The same picture with less noise: a part of the old one, sigma of it new.
-        sigma = eta * ((1 - there) / (1 - here) * (1 - here / there)).sqrt()
-        old = (1 - there - sigma ** 2).clamp(min=0).sqrt()
-        xt = there.sqrt().to(xt) * x0 + old.to(xt) * eps
-        if there < 1 and eta > 0:
+        sigma = eta * s_next / s * (s ** 2 - (a / a_next * s_next) ** 2).clamp(min=0).sqrt()
+        old = (s_next ** 2 - sigma ** 2).clamp(min=0).sqrt()
+        xt = a_next.to(xt) * x0 + old.to(xt) * eps
+        if s_next > 0 and eta > 0:
             noise = torch.randn(xt.shape, generator=generator, dtype=xt.dtype)
             xt = xt + sigma.to(xt) * noise.to(xt.device)
         return xt

@@ -17,8 +17,15 @@ logs: {name: detached tensor (B,)}. The mask `valid` marks samples that count.
 from collections.abc import Callable
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+
+from .utils.device import send
+
+# E[f(n)], n ~ N(0, 1), is very nearly sum of SHARES f(NODES) (Gauss-Hermite)
+NODES, SHARES = (torch.from_numpy(x) for x in np.polynomial.hermite_e.hermegauss(32))
+SHARES = SHARES / SHARES.sum()
 
 
 def at_least_float32(x):
@@ -52,7 +59,7 @@ def sft_loss(eps, goal):
     return loss.mean(), {"loss": loss.detach()}
 
 
-# --- the stabilisers: which share lam of the loser's gradient is kept
+# --- the stabilisers: which share lam of the loser's gradient is kept, and whether the step's noise
 
 def _safeguard(win, lose, dot, mu):
     lam = ((1 - mu) * win / dot.clamp(min=1e-30)).clamp(max=1)
@@ -66,11 +73,13 @@ def _balance(win, lose, dot, strength):
 
 class Rule(NamedTuple):
     """One stabiliser: lam (B,) from |g_win|^2, |g_lose|^2, <g_win, g_lose> (each (B,)) and its
-    strength; the strength that it usually has (ours, docs/log.md); what it promises (E10-E15).
-    More strength keeps more of the loser's push, but for `safeguard`, where it keeps less."""
+    strength; the strength that it usually has (ours, docs/log.md); what it promises (E10-E15,
+    E21). More strength goes further from the reference, but for `safeguard`, where it is less.
+    noisy: whether the reverse step keeps its noise."""
     lam: Callable
     strength: float
     promise: str
+    noisy: bool = False
 
 
 RULES = {
@@ -86,6 +95,8 @@ RULES = {
                     "at strength 1 the winner's error never rises, the loser's never falls (E14)"),
     "clamped": Rule(lambda *sides: _balance(*sides).clamp(max=1), 0.85,
                     "min(1, balance): ends close to z_win (E15)"),
+    "noisy": Rule(lambda win, lose, dot, s: torch.ones_like(win), 1.5,
+                  "ends at the reference + s (z_win - z_lose), the optimum of E4 (E21)", noisy=True),
 }
 
 
@@ -101,19 +112,24 @@ def restraint(rule, g_win, g_lose, strength):
 
 # --- stage 2, and what it extends
 
-def preference_loss(win, lose, beta, lam, valid=None):
+def preference_loss(win, lose, beta, lam, valid=None, spread=None):
     """-log sigmoid(u), u = -1/2 beta (win - lose) (E5, E7), from the two changes of error (B,):
     the target's less the reference's.
 
     beta: a number or (B,). lam (B,) is applied straight through: it scales the gradient through
     `lose` and leaves the value of the loss alone (E11). valid (B,) bool: samples that count in
-    the mean; if none does, the loss is log 2 without a gradient."""
+    the mean; if none does, the loss is log 2 without a gradient. spread (B,): the mean of the loss
+    over margins u + spread * n, n ~ N(0, 1) (E21)."""
     lose = lose.detach() + lam * (lose - lose.detach())
     margin = -0.5 * beta * (win - lose)
-    loss = -F.logsigmoid(margin)
+    loss, weight = -F.logsigmoid(margin), torch.sigmoid(-margin)
+    if spread is not None:
+        nodes, shares = (send(x.to(loss), loss.device) for x in (NODES, SHARES))
+        margins = margin[:, None] + spread[:, None] * nodes                     # (B, 32)
+        loss, weight = -F.logsigmoid(margins) @ shares, torch.sigmoid(-margins) @ shares
     valid = torch.ones_like(loss, dtype=torch.bool) if valid is None else valid
     logs = {"loss": loss, "margin": margin, "accuracy": (margin > 0).to(loss),
-            "weight": torch.sigmoid(-margin), "lam": lam, "valid": valid}
+            "weight": weight, "lam": lam, "valid": valid}
     # where, not if: a GPU would have to be waited for
     counted = torch.where(valid, loss, 0).sum() / valid.sum().clamp(min=1)
     counted = torch.where(valid.any(), counted, loss.detach().mean())
@@ -127,15 +143,18 @@ def dpo_loss(eps_win, ref_win, goal_win, eps_lose, ref_lose, goal_lose, beta, st
 
     eps_*: the target's predictions at the two noised pictures, ref_*: the reference's, goal_*:
     the noise (or velocity) that was added; all (B, C, H, W). stabilizer "safeguard" makes it SDPO
-    (2511.03317). The four errors stand apart in the log: a falling margin has different cures
-    when the winner rises or the loser falls."""
+    (2511.03317), "noisy" keeps the noise of both reverse steps (E21). The four errors stand apart
+    in the log: a falling margin has different cures when the winner rises or the loser falls."""
     eps_win, eps_lose = at_least_float32(eps_win), at_least_float32(eps_lose)
     ref_win, goal_win, ref_lose, goal_lose = (
         at_least_float32(x.detach()) for x in (ref_win, goal_win, ref_lose, goal_lose))
     g_win, g_lose = (eps_win - goal_win).detach(), (eps_lose - goal_lose).detach()
-    lam = restraint(stabilizer, g_win, g_lose, strength)
+    lam, spread = restraint(stabilizer, g_win, g_lose, strength), None
+    if RULES[stabilizer].noisy:
+        moved = _error(eps_win, ref_win) + _error(eps_lose, ref_lose)
+        spread = (beta / strength * moved + 1e-20).sqrt()         # a root's slope at 0 is infinite
     loss, logs = preference_loss(_change(eps_win, ref_win, goal_win),
-                                 _change(eps_lose, ref_lose, goal_lose), beta, lam, valid)
+                                 _change(eps_lose, ref_lose, goal_lose), beta, lam, valid, spread)
     return loss, logs | {"winner": _error(eps_win, goal_win).detach(),
                          "winner_ref": _error(ref_win, goal_win),
                          "loser": _error(eps_lose, goal_lose).detach(),
@@ -154,7 +173,10 @@ def cpo_loss(eps, eps_ref, z_win, z_lose, beta=None, stabilizer="constant", stre
     u = beta <z_win - z_lose, eps - eps_ref> (E9).
     beta None takes 4 / |z_win - z_lose|^2 per sample (ours; E16): then u = 4 where eps has gone
     the whole way from z_lose to z_win, whatever the timestep. strength None: the rule's usual
-    one. A sample with z_win = z_lose says nothing and is masked out."""
+    one. A sample with z_win = z_lose says nothing and is masked out.
+
+    Logged beside dpo_loss's: where eps and eps_ref stand along the gap (place, place_ref: 0 at
+    z_lose, 1 at z_win), and how far eps is from eps_ref at right angles to it, in gaps (across)."""
     eps, eps_ref, z_win, z_lose = map(at_least_float32, (eps, eps_ref, z_win, z_lose))
     gap = _error(z_win, z_lose).detach()
     valid = gap > 0
@@ -164,4 +186,7 @@ def cpo_loss(eps, eps_ref, z_win, z_lose, beta=None, stabilizer="constant", stre
         strength = RULES[stabilizer].strength
     loss, logs = dpo_loss(eps, eps_ref, z_win, eps, eps_ref, z_lose, beta, stabilizer, strength,
                           valid)
-    return loss, logs | {"gap": gap}
+    eps, d, per_gap = eps.detach(), z_win - z_lose, gap.clamp(min=1e-12)
+    place, place_ref = (_dot(x - z_lose, d) / per_gap for x in (eps, eps_ref))
+    across = (_error(eps, eps_ref) / per_gap - (place - place_ref) ** 2).clamp(min=0).sqrt()
+    return loss, logs | {"gap": gap, "place": place, "place_ref": place_ref, "across": across}

@@ -98,7 +98,7 @@ class Model(nn.Module):
     """Predicts eps or v for noised latents under a prompt: `model(xt, t, prompts)`."""
 
     def __init__(self, criteria, captions, unet=None, text_dim=64, block=2, size=32,
-                 schedule="cosine", prediction="v"):
+                 schedule="straight", prediction="flow"):
         super().__init__()
         unet = unet or UNetConfig()
         self.criteria, self.captions = criteria, list(dict.fromkeys(captions))

@@ -8,6 +8,7 @@ Those of Stable Diffusion are not tuned on real weights.
 import re
 from dataclasses import asdict, dataclass, field, fields, replace
 
+from ..diffusion import PREDICTIONS
 from ..losses import RULES
 from ..utils.cli import above
 from ..utils.device import pick_device
@@ -167,8 +168,10 @@ class Weights:
                                     " one", decides=False)
     variant: str | None = setting(None, "folder: read the files of this variant, for example fp16",
                                   decides=False)
-    prediction: str | None = setting(None, "what the model predicts, if its files do not say "
-                                     "(single file of SD 2)", choices=["eps", "v"])
+    prediction: str | None = setting(None, "what the model predicts. Toy: of a base trained from "
+                                     "nothing, flow (the default), v or eps; Stable Diffusion: if "
+                                     "its files do not say (single file of SD 2), eps or v",
+                                     choices=list(PREDICTIONS))
     dtype: str = setting("float32", "of the frozen base (--bf16: bfloat16); float16 is for sampling"
                          " only", choices=["float32", "bfloat16", "float16"])
     resolution: int | None = setting(None, "side of a square picture, other shapes have about the "
@@ -185,6 +188,8 @@ class Weights:
         """Raises ValueError on values that do not go together."""
         if self.lora and not self.weights:
             raise ValueError("--lora needs --weights: an adapter is nothing without its base")
+        if self.weights and self.prediction == "flow":
+            raise ValueError("--prediction flow: Stable Diffusion 1, 2 and XL predict eps or v")
 
 
 @dataclass(frozen=True)

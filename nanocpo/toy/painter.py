@@ -1,15 +1,18 @@
 """The painter: small procedural paintings whose attributes are known, because they were
 chosen (ours).
 
-A painting is a sky, a ground, a horizon and one subject, 32x32 RGB. `paint(caption, states, seed)`
-draws every random number before it looks at a state, so the same caption and seed give *the same
-painting* in two states: only the named attribute differs.
+A painting is a sky, a ground, a horizon and one subject, 32x32 RGB. In `paint(caption,
+states, seed)` the scene and every leaf draw their random numbers from streams of their own, so the
+same caption and seed give *the same painting* in two states: only the named attribute differs. And
+a leaf that is added repaints no old picture.
 
 Colour is kept as hue, saturation, value, because each of the three is an attribute of its own: a
 texture or the exposure scales all channels alike and so moves value only. Shapes are signed
 distances in pixels (negative inside); the soft step `cover` turns a distance into opacity, and the
 width of that step *is* the edge quality.
 """
+import zlib
+
 import numpy as np
 
 SIZE = 32
@@ -68,6 +71,12 @@ def hsv_to_rgb(hue, saturation, value):
     return np.asarray(value)[..., None] * (1 - np.asarray(saturation)[..., None] * (1 - wheel))
 
 
+def stream(seed, name):
+    """The random numbers of one leaf (or of "the scene") in one picture; seed: an int or a tuple
+    of ints."""
+    return np.random.default_rng((*np.atleast_1d(seed), zlib.crc32(name.encode())))
+
+
 def paint(caption, states, seed):
     """caption: one of CAPTIONS; states: {leaf name: +1 or -1} (a leaf that is not named takes a
     random state); seed: an int or a tuple of ints -> uint8 (32, 32, 3). Raises ValueError on
@@ -78,10 +87,9 @@ def paint(caption, states, seed):
         raise ValueError(f"this painter cannot draw {sorted(set(states) - set(LEAVES))}; it knows: "
                          f"{', '.join(LEAVES)}. For another tree give a folder of pictures")
     subject = caption.removeprefix("a ")
-    rng = np.random.default_rng(seed)
-    chance, hue, mirror = rng.random(len(LEAVES)), rng.uniform(*HUES), rng.choice([-1, 1])
-    good = {leaf: states.get(leaf, 1 if chance[i] < 0.5 else -1) > 0
-            for i, leaf in enumerate(LEAVES)}
+    hue = stream(seed, "the scene").uniform(*HUES)
+    good = {leaf: states[leaf] > 0 if leaf in states else stream(seed, leaf).random() < 0.5
+            for leaf in LEAVES}
     soft = 1.0 if good["Edges"] else 7.0
 
     # Composition: the horizon's height and slope, the subject's place on it (or of the sun
@@ -110,6 +118,7 @@ def paint(caption, states, seed):
     if not good["Strokes"]:
         rgb *= 1 + 0.3 * np.sin(2 * np.pi / HATCHING * (X + Y + 0.5))[..., None]
     if not good["Spatter"]:
+        mirror = stream(seed, "Spatter, where").choice([-1, 1])
         blots = (cover(np.hypot((X - 15.5) * mirror - x, Y - 15.5 - y) - 1.8) for x, y in BLOTS)
         rgb *= 1 - 0.7 * np.max(list(blots), axis=0)[..., None]
     if not good["Exposure"]:

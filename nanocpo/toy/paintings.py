@@ -7,7 +7,7 @@ from tqdm import tqdm
 
 from ..criteria import Criteria
 from ..data import Paintings
-from .painter import CAPTIONS, paint
+from .painter import CAPTIONS, paint, stream
 
 REGIMES = ("flawed", "mixed")               # what --data can be beside a folder
 
@@ -26,13 +26,12 @@ def from_painter(criteria=None, count=10000, regime="flawed", judged=0.9, seed=0
                          f"(is {judged})")
     images, captions, annotations = [], [], []
     for i in tqdm(range(count), desc="painting", leave=False, disable=count < 5000, mininterval=2):
-        rng = np.random.default_rng((seed, i))
-        captions.append(CAPTIONS[rng.integers(len(CAPTIONS))])
+        captions.append(CAPTIONS[stream((seed, i), "caption").integers(len(CAPTIONS))])
+        leaves = [stream((seed, i), name) for name in names]     # so a new leaf changes no old one
         while True:                         # rejection: what remains is as random as it can be
-            states = (np.ones(len(names), np.int8) if regime == "positive"
-                      else rng.choice(np.array([-1, 1], np.int8), len(names)))
-            seen = rng.random(len(names)) < judged
-            annotation = np.where(seen, states, 0).astype(np.int8)
+            drawn = np.array([rng.random(2) for rng in leaves])             # (leaves, 2)
+            states = np.where((drawn[:, 0] < 0.5) | (regime == "positive"), 1, -1).astype(np.int8)
+            annotation = np.where(drawn[:, 1] < judged, states, 0).astype(np.int8)
             if regime != "flawed" or (annotation < 0).sum() >= math.ceil(len(names) / 3):
                 break
         annotations.append(annotation)

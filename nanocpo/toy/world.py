@@ -19,6 +19,8 @@ from .evaluate import all_prompts, unfit
 from .paintings import REGIMES, from_painter
 from .report import report
 
+# the schedule on which each prediction is learned
+SCHEDULE = {"flow": "straight", "v": "cosine", "eps": "cosine"}
 KINDS = ("plain", "positive", "negative")   # of prompts, a row of the auxiliary's grids each
 
 
@@ -46,10 +48,15 @@ class Toy:
     def path(self, name):
         return Path(self.settings.common.out) / f"{name}.pt"
 
+    @property
+    def prediction(self):
+        return self.settings.weights.prediction or "flow"
+
     def sources(self):
         """Painted data are the same, of any seed and number, if they are flawed or mixed alike."""
         named = self.settings.common.data
-        return {"data": named if self.painted else self.data.digest()}
+        return {"data": named if self.painted else self.data.digest(),
+                "prediction": self.prediction}
 
     def given(self, name):
         if name != "base" or not self.settings.sft.base:
@@ -65,16 +72,20 @@ class Toy:
         return path, self._load(path, content), content.get("made_of")
 
     def _load(self, path, content, cure=CURE):
-        """The model of a checkpoint, which must know the tree and all captions of the data."""
+        """The model of a checkpoint, which must know the tree and all captions of the data, and
+        predict what is asked for."""
         model = load_model(path, self.device, content)
-        use_again(path, {"tree": content["criteria"], "captions": sorted(model.captions)},
-                  {"tree": self.data.criteria.to_dict(),
+        use_again(path, {"prediction": model.diffusion.prediction, "tree": content["criteria"],
+                         "captions": sorted(model.captions)},
+                  {"prediction": self.prediction, "tree": self.data.criteria.to_dict(),
                    "captions": sorted({*model.captions, *self.data.captions})}, cure=cure)
         return model
 
     def new_base(self):
         torch.manual_seed(self.settings.common.seed)
-        return Model(self.data.criteria, sorted(set(self.data.captions))).to(self.device)
+        return Model(self.data.criteria, sorted(set(self.data.captions)),
+                     schedule=SCHEDULE[self.prediction], prediction=self.prediction
+                     ).to(self.device)
 
     def trainable(self, base):
         return base.frozen_copy().requires_grad_(True)
