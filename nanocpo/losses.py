@@ -96,7 +96,7 @@ RULES = {
     "clamped": Rule(lambda *sides: _balance(*sides).clamp(max=1), 0.85,
                     "min(1, balance): ends close to z_win (E15)"),
     "noisy": Rule(lambda win, lose, dot, s: torch.ones_like(win), 1.5,
-                  "ends at the reference + s (z_win - z_lose), the optimum of E4 (E21)", noisy=True),
+                  "ends at the reference + s (z_win - z_lose), E4's optimum (E21)", noisy=True),
 }
 
 

@@ -25,6 +25,7 @@ class Pairs:
     """Pairs of pictures with one caption, of which one has fewer negative attributes."""
     data: Paintings
     columns: list                            # leaves that are counted
+    apart: int = 1                           # how many fewer at least
 
     def __post_init__(self):
         self.badness = self.data.badness(self.columns)
@@ -33,16 +34,16 @@ class Pairs:
                        for caption in set(self.data.captions)}
 
     def pick(self, generator):
-        """Indices (winner, loser) of one random pair that is not a tie."""
+        """Indices (winner, loser) of one random pair that lies far enough apart."""
         for _ in range(1000):
             first = torch.randint(len(self.data), (), generator=generator).item()
             group = self.groups[self.data.captions[first]]
             second = group[torch.randint(len(group), (), generator=generator).item()]
-            if self.badness[first] != self.badness[second]:
+            if abs(self.badness[first] - self.badness[second]) >= self.apart:
                 better = self.badness[first] < self.badness[second]
                 return (first, second) if better else (second, first)
-        raise ValueError("--method dpo found no two pictures of one caption with different numbers "
-                         "of negative attributes")
+        raise ValueError("--method dpo found no two pictures of one caption that differ in "
+                         f"{self.apart} negative attributes; lower --apart")
 
     def draw(self, count, generator):
         """`count` random pairs: (Batch of winners, Batch of losers)."""
@@ -80,16 +81,25 @@ def esd_step(target, auxiliary, criteria, batch, generator, *, columns, pairs, l
     return *sft_loss(eps, guide(z_win, z_lose, 1 / (1 - strength))), t
 
 
-def painted(data, auxiliary, columns, count, steps, seed):
+def painted(data, auxiliary, columns, count, steps, seed, guidance=1.0, bad_too=False):
     """The first `count` pictures of the data as the auxiliary paints them, with the leaves
-    `columns` positive and the rest as annotated.
+    `columns` positive and the rest as annotated; bad_too: then the same with them negative, from
+    the same noise. guidance: away from the opposite (1: none).
 
     A target that follows its goal soon sees such pictures at every noise level, and no others:
     what it learns at the data's own would be the odds of a world in which the branch is still
     flawed (ours; docs/log.md)."""
     data = data.take(range(min(count, len(data))))
-    annotations = data.annotations.copy()                                    # (N, leaves)
-    annotations[:, columns] = 1
-    prompts = [data.criteria.prompt(c, a) for c, a in zip(data.captions, annotations)]
-    images = to_images(auxiliary.sample(prompts, steps=steps, seed=seed))
-    return replace(data, images=images, annotations=annotations)
+    sides = []
+    for sign in (1, -1):
+        annotations = data.annotations.copy()                                # (N, leaves)
+        annotations[:, columns] = sign
+        sides.append((annotations, [data.criteria.prompt(c, a)
+                                    for c, a in zip(data.captions, annotations)]))
+    parts = []
+    for (annotations, prompts), (_, away) in ([sides, sides[::-1]] if bad_too else [sides]):
+        images = to_images(auxiliary.sample(prompts, away, guidance, steps, seed=seed))
+        parts.append(replace(data, images=images, annotations=annotations))
+    return replace(data, images=np.concatenate([part.images for part in parts]),
+                   captions=data.captions * len(parts),
+                   annotations=np.concatenate([part.annotations for part in parts]))

@@ -96,11 +96,16 @@ class CPO:
     criteria: list | None = setting(None, "align on these branches of the tree only, by name or "
                                     "path", nargs="+")
     # a target that follows its goal sees such pictures and no flawed ones
-    paint: int = setting(1024, "with --criteria: pictures that the auxiliary paints anew, right in "
-                         "the branch and else as annotated, to train on instead of the data (0: "
-                         "the data; with --weights always)", more=True, type=above(-1))
+    paint: int | None = setting(None, "pictures to train on that the auxiliary paints anew, good "
+                                "in what is aligned and else as annotated, instead of the data "
+                                "(for dpo as many bad ones too). 0: the data. Default: 1024 with "
+                                "--criteria for cpo and esd, else 0", more=True, type=above(-1))
+    paint_guidance: float = setting(1.0, "scale of --paint: 1 asks for the good attributes, more "
+                                    "guides away from the bad ones", more=True, type=float)
     best: float = setting(0.1, "share of the data that --method sft keeps", more=True,
                           type=above(0, float))
+    apart: int = setting(1, "--method dpo: the two pictures of a pair differ in so many negative "
+                         "attributes at least", more=True, type=above(0))
     # the early checkpoint is often the better one
     steps: int = setting(150, "steps of stage 2", type=above(0))
     lr: float = setting(1.2e-3, "learning rate of stage 2 (AdamW)", type=above(0, float))
@@ -123,7 +128,13 @@ class CPO:
             beta = 200.0
         return replace(self, stabilizer=rule, beta=beta if self.beta is None else self.beta,
                        strength=strength if self.strength is None else self.strength,
-                       paint=self.paint if self.criteria and self.method in TEACHES else 0)
+                       paint=(1024 if self.criteria and self.method in TEACHES else 0)
+                       if self.paint is None else self.paint)
+
+    @property
+    def teaches(self):
+        """Whether stage 2 asks the auxiliary."""
+        return self.method in TEACHES or self.filled().paint > 0
 
     def check(self):
         """Raises ValueError on values that do not go together."""

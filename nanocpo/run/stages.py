@@ -12,7 +12,7 @@ from ..model import Model
 from ..train import Recipe, fit
 from ..utils.checkpoint import use_again
 from . import baselines
-from .settings import TEACHES, Settings, record
+from .settings import Settings, record
 
 
 class World(Protocol):
@@ -62,7 +62,7 @@ def stage_1(world):
     settings, sft = world.settings, world.settings.sft
     step = sft_loss_step(settings, world.data.split("train"), caption_prompts)
     base = ready(world, "base", None, world.new_base, sft.base_steps, sft.base_lr, step, {})
-    if settings.cpo.method not in TEACHES and not world.wants_auxiliary():
+    if not settings.cpo.teaches and not world.wants_auxiliary():
         return base, None
     return base, ready_auxiliary(world, base)
 
@@ -96,7 +96,7 @@ def stage_2(world, base, auxiliary, watch=None):
     last log line). watch(averaged model, step): called instead of painting grids."""
     settings, cpo = world.settings, world.settings.cpo.filled()
     made_of = {"base": base.digest()} | record(cpo)
-    if cpo.method in TEACHES:
+    if cpo.teaches:
         made_of["auxiliary"] = auxiliary.digest()
     if cpo.paint:
         made_of["sampling_steps"] = settings.report.sampling_steps
@@ -140,18 +140,19 @@ def alignment_step(settings, data, reference, auxiliary):
     """loss_step(target, generator) of stage 2, by --method, on these data."""
     cpo, batch, criteria = settings.cpo.filled(), settings.common.batch, data.criteria
     columns = criteria.columns(cpo.criteria)
+    if cpo.paint:
+        data = baselines.painted(data, auxiliary, columns, cpo.paint,
+                                 settings.report.sampling_steps, settings.common.seed,
+                                 cpo.paint_guidance, bad_too=cpo.method == "dpo")
     if cpo.method == "sft":
-        best = baselines.best_pictures(data, columns, cpo.best)
+        best = data if cpo.paint else baselines.best_pictures(data, columns, cpo.best)
         return sft_loss_step(settings, best, caption_prompts)
     how = dict(stabilizer=cpo.stabilizer, strength=cpo.strength, beta=cpo.beta)
     if cpo.method == "dpo":
-        pairs = baselines.Pairs(data, columns)
+        pairs = baselines.Pairs(data, columns, cpo.apart)
         return lambda target, generator: baselines.dpo_step(
             target, reference, criteria, pairs.draw(batch, generator), generator,
             lean=settings.sft.sft_lean, **how)
-    if cpo.paint:
-        data = baselines.painted(data, auxiliary, columns, cpo.paint,
-                                 settings.report.sampling_steps, settings.common.seed)
     asked = dict(columns=columns, pairs=cpo.pairs, lean=cpo.lean)
     if cpo.method == "esd":
         return lambda target, generator: baselines.esd_step(

@@ -5,25 +5,27 @@ Each run leaves OUT/study/NAME/KEY.json (and a grid of pictures beside it) and i
 Base, auxiliary and data are those of --seed; a run has its own training and sampling seed.
 """
 import argparse
+import hashlib
 import json
 import multiprocessing
 import os
 import time
 from dataclasses import replace
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import nn
 
+from ..data import to_tensor
 from ..losses import RULES
-from ..run.settings import TOY, flat, record
+from ..run.settings import TEACHES, TOY, flat, record
 from ..run.stages import alignment_step, ready_auxiliary, stage_1, stage_2
-from ..toy.evaluate import evaluate
+from ..toy import critic, evaluate, painter
 from ..toy.world import Toy
-from ..train import summarize
-from ..utils.checkpoint import save_json, use_again
+from ..train import BINS, summarize
+from ..utils.checkpoint import load_checkpoint, save_json, use_again
 from ..utils.grid import save_grid
 from ..utils.muon import Muon
 
@@ -65,6 +67,16 @@ class Lab:
     def models(self):
         return dict(zip(("base", "auxiliary"), stage_1(self.world)))
 
+    def rooms(self):
+        """This laboratory, or one for each folder of --bases, whose models have seeds of their
+        own."""
+        if not self.args.bases:
+            return [self]
+        seeds = [load_checkpoint(Path(folder) / "base.pt")["made_of"]["seed"]
+                 for folder in self.args.bases]
+        return [Lab(changed(self.args, out=folder, seed=seed))
+                for folder, seed in zip(self.args.bases, seeds)]
+
     @cached_property
     def sources(self):
         """Digests of the data and models that every run starts from."""
@@ -101,8 +113,8 @@ class Lab:
                 pool.starmap(make_in_process, [(self.args, run) for run in missing], chunksize=1)
         return [self.read(run) for run in runs]
 
-    def path(self, key):
-        return Path(self.args.out) / "study" / self.args.study / f"{key}.json"
+    def path(self, key, suffix="json"):
+        return Path(self.args.out) / "study" / self.args.study / f"{key}.{suffix}"
 
     def made_of(self, run):
         """All that decides a run's result, to tell whether a file still answers the question."""
@@ -113,9 +125,18 @@ class Lab:
         return {"kind": kind} | record(*parts) | own | self.sources
 
     def read(self, run):
-        result = json.loads(self.path(run[0]).read_text(encoding="utf-8"))
-        use_again(self.path(run[0]), result.get("made_of"), self.made_of(run),
+        """The result of a finished run. Its pictures are judged again when the critic (or what is
+        measured) has changed since."""
+        path, pictures = self.path(run[0]), self.path(run[0], "npz")
+        result = json.loads(path.read_text(encoding="utf-8"))
+        use_again(path, result.get("made_of"), self.made_of(run),
                   cure="delete it or choose another --out")
+        if pictures.exists() and result.get("judged by") != judge_digest():
+            args = changed(self.args, **run[2])
+            images = np.load(pictures)["images"]
+            result |= {"row": row_of(images, self.models["base"], args.seed),
+                       "judged by": judge_digest()}
+            save_json(path, result)
         return result
 
     def make(self, run):
@@ -126,8 +147,8 @@ class Lab:
                        sample_every=0)
         path.parent.mkdir(parents=True, exist_ok=True)
         start = time.time()
-        save_json(path, {"key": key, "made_of": self.made_of(run)} | KINDS[kind](self, args)
-                  | {"wall": round(time.time() - start, 1)})
+        save_json(path, {"key": key, "made_of": self.made_of(run), "judged by": judge_digest()}
+                  | KINDS[kind](self, args) | {"wall": round(time.time() - start, 1)})
 
 
 def make_in_process(args, run):
@@ -135,18 +156,67 @@ def make_in_process(args, run):
     Lab(args).make(run)
 
 
+@cache
+def judge_digest():
+    """A digest of the code that turns pictures into a row."""
+    files = [Path(module.__file__) for module in (critic, evaluate, painter)]
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+
+
+def row_of(images, base, seed):
+    """The report's row for pictures uint8 (N, 32, 32, 3), asked for in the report's order."""
+    reference, real = evaluate.real_positive(base.criteria, len(images), seed)
+    row = evaluate.measure_row(images, evaluate.asked(base, len(images)), base.criteria, real)
+    return row | {"real_diversity": reference["diversity"]}
+
+
 def measured(lab, args, model, kind="plain"):
-    """The report's row for a model, and a grid of its first pictures beside the run's file."""
-    report, pictures = evaluate({"row": (model, kind)}, args.samples, args.seed,
-                                args.sampling_steps, args.guidance)
-    save_grid(Path(args.out) / f"{args.name}.png", pictures["row"][:16], columns=8, zoom=3)
-    return report["rows"]["row"] | {"real_diversity": report["real_positive"]["diversity"]}
+    """(the report's row for a model, its pictures). They stay beside the run's file: all of them to
+    be judged again, the first as a grid to be looked at."""
+    images = evaluate.paint(model, kind, args.samples, args.seed, args.sampling_steps,
+                            args.guidance)
+    stem = Path(args.out) / args.name
+    np.savez_compressed(f"{stem}.npz", images=images)
+    save_grid(f"{stem}.png", images[:16], columns=8, zoom=3)
+    return row_of(images, lab.models["base"], args.seed), images
+
+
+def teacher_calls(args):
+    """How many predictions the auxiliary makes for one run of stage 2, a picture each."""
+    cpo, calls = settings_of(args).cpo.filled(), 0
+    if cpo.paint:
+        guided = 2 if cpo.paint_guidance != 1 else 1
+        calls += cpo.paint * args.sampling_steps * guided * (2 if cpo.method == "dpo" else 1)
+    if cpo.method in TEACHES:
+        calls += 2 * args.steps * args.batch * args.accumulate
+    return calls
+
+
+@torch.no_grad()
+def displacement(model, base, images, captions, seed=0):
+    """How far a model has moved from its base: E_t |eps - eps_ref|^2, the mean squared difference
+    of their noise predictions at the model's own pictures, noised to evenly spread timesteps; and
+    the same per timestep bin."""
+    generator, prompts = torch.Generator().manual_seed(seed), [
+        base.criteria.prompt(caption) for caption in captions]
+    x0 = base.latents.encode(to_tensor(images))
+    t = ((torch.arange(len(x0)) + 0.5) * base.diffusion.steps / len(x0)).long()
+    t = t[torch.randperm(len(t), generator=generator)]
+    xt = base.diffusion.q_sample(x0, t, torch.randn(x0.shape, generator=generator))
+    a, _ = base.diffusion.scales(t, xt)
+    moved = torch.cat([(m - b).square().flatten(1).mean(1) for m, b in (
+        [net(xt[part], t[part], [prompts[i] for i in part.tolist()]) for net in (model, base)]
+        for part in torch.arange(len(x0)).split(128))])
+    moved = moved * a.flatten() ** 2 if base.diffusion.prediction != "eps" else moved
+    bins = t * BINS // base.diffusion.steps
+    return float(moved.mean()), [round(float(moved[bins == i].mean()), 6) for i in range(BINS)]
 
 
 def sample_run(lab, args):
     """A row without training: base or auxiliary, asked in one of evaluate's ways."""
     model = lab.models["base"] if args.model == "base" else lab.taught(args)[1]
-    return {"row": measured(lab, args, model, args.prompt), "seconds": 0, "images": 0}
+    return {"row": measured(lab, args, model, args.prompt)[0], "seconds": 0, "images": 0,
+            "teacher calls": 0}
 
 
 def align(lab, args, data, auxiliary, watch=None):
@@ -158,12 +228,14 @@ def align_run(lab, args):
     """Stage 2, then its row. Images seen: a pair of Diffusion-DPO is two."""
     data, auxiliary = lab.taught(args)
     target, line = align(lab, args, data, auxiliary)
-    checkpoint = Path(args.out) / f"{args.name}.pt"
-    result = {"row": measured(lab, args, target),
+    checkpoint, base = Path(args.out) / f"{args.name}.pt", lab.models["base"]
+    row, images = measured(lab, args, target)
+    moved = displacement(target, base, images, evaluate.asked(base, len(images)))
+    result = {"row": row, "displacement": moved[0], "displacement per t": moved[1],
               "seconds": line["seconds"],           # the log's: a resumed run counts on
               "images": (args.steps * args.batch * args.accumulate
                          * (2 if args.method == "dpo" else 1)),
-              "log": {k: v for k, v in line.items() if k != "per_t"}}
+              "teacher calls": teacher_calls(args), "log": line}
     checkpoint.unlink()             # the numbers and the pictures stay, tens of megabytes do not
     return result
 
@@ -176,7 +248,7 @@ def curve_run(lab, args):
     def watch(average, step):
         nonlocal spent
         now = time.time()
-        row = measured(lab, args, average)
+        row, _ = measured(lab, args, average)
         curve.append({"step": step, "seconds": round(now - start - spent, 1)}
                      | {key: row[key] for key in ("neg", "caption", "diversity", "frechet")})
         spent += time.time() - now                                # measuring is not training

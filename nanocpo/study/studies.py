@@ -24,10 +24,13 @@ from ..utils.cli import above
 from .lab import OPTIMIZERS, Lab, changed
 from .plots import bar_chart, line_chart, matrix_chart
 
-# Every method's search: four settings. A first guess, another learning rate, another value of the
-# method's own knob; and a fourth where the best of these three lay at an edge.
-DPO_SETTINGS = [dict(lr=6e-4, beta=200.0), dict(lr=2e-4, beta=200.0),
-                dict(lr=6e-4, beta=1000.0), dict(lr=1e-4, beta=200.0)]
+# Every method's search: a first guess, other learning rates, other values of the method's own knob.
+DPO = [dict(lr=6e-4, beta=200.0), dict(lr=2e-4, beta=200.0), dict(lr=6e-4, beta=1000.0),
+       dict(lr=6e-4, beta=50.0)]
+DPO_WIDE = DPO + [dict(lr=1.2e-3, beta=200.0), dict(lr=6e-4, beta=200.0, apart=4),
+                  dict(lr=1.2e-3, beta=200.0, apart=4), dict(lr=6e-4, beta=1000.0, apart=4)]
+IMITATE = [dict(lr=1.2e-3, paint=512), dict(lr=6e-4, paint=512), dict(lr=2.4e-3, paint=512),
+           dict(lr=1.2e-3, paint=1024)]
 
 
 def _strengths(first, other, fourth):
@@ -39,18 +42,26 @@ METHODS = {
     "SFT on the best": (dict(method="sft"),
                         [dict(lr=1.2e-3, best=0.1), dict(lr=2.4e-3, best=0.1),
                          dict(lr=1.2e-3, best=0.03), dict(lr=1.2e-3, best=0.01)]),
-    "Diffusion-DPO": (dict(method="dpo", stabilizer="none"), DPO_SETTINGS),
-    "Diffusion-DPO, safeguard": (dict(method="dpo", stabilizer="safeguard", strength=0.2),
-                                 DPO_SETTINGS),
+    "Diffusion-DPO": (dict(method="dpo"), DPO_WIDE),
+    "Diffusion-DPO on the teacher's pairs": (dict(method="dpo", paint=512), DPO),
+    "SFT on the teacher's prompted pictures": (dict(method="sft"), IMITATE),
+    "SFT on the teacher's guided pictures": (dict(method="sft", paint_guidance=2.0), IMITATE),
     "guided target (ESD)": (dict(method="esd"), _strengths(0.55, 0.7, 0.4)),
     "CPO none": (dict(stabilizer="none"), [dict(lr=1.2e-3), dict(lr=4e-4),
                                            dict(lr=1.2e-3, beta=100.0), dict(lr=1e-4)]),
     "CPO winner": (dict(stabilizer="winner"), [dict(lr=1.2e-3), dict(lr=6e-4),
                                                dict(lr=2.4e-3), dict(lr=4.8e-3)]),
     "CPO constant": (dict(stabilizer="constant"), _strengths(0.55, 0.7, 0.4)),
+    "CPO constant, own": (dict(stabilizer="constant", pairs="own"),
+                          _strengths(0.55, 0.7, 0.8)),
+    "CPO constant, completed": (dict(stabilizer="constant", pairs="completed"),
+                                _strengths(0.55, 0.7, 0.8)),
+    "CPO constant at the teacher's pictures": (dict(stabilizer="constant", paint=512),
+                                               _strengths(0.55, 0.3, 0.4)),
     "CPO safeguard": (dict(stabilizer="safeguard"), _strengths(0.2, 0.6, 0.4)),
     "CPO balance": (dict(stabilizer="balance"), _strengths(0.85, 0.6, 0.7)),
     "CPO clamped": (dict(stabilizer="clamped"), _strengths(0.85, 0.6, 0.7)),
+    "CPO noisy": (dict(stabilizer="noisy"), _strengths(1.5, 1.0, 0.7)),
 }
 SAMPLERS = {"base": ("base", "plain"), "auxiliary prompted": ("auxiliary", "prompted"),
             "auxiliary guided": ("auxiliary", "guided")}
@@ -65,6 +76,7 @@ LEVELS |= {f"{share} % judged": dict(judged=share / 100, wrong=0.0) for share in
 LEVELS |= {f"{share} % wrong": dict(judged=0.9, wrong=share / 100) for share in (5, 10, 20)}
 COLUMNS, HEADER = ((("neg", 2), ("caption", 3), ("diversity", 3), ("frechet", 1)),
                    ("#A_neg", "caption", "diversity", "Fréchet"))
+SEEN = (("nearest", 3), ("hue_gap", 2), ("hatched", 2))
 GUIDANCE = (1.0, 1.5, 2.0, 3.0, 4.0)
 
 
@@ -147,53 +159,173 @@ def base_runs(seeds, **overrides):
             for seed in seeds]
 
 
-def methods(lab):
-    """CPO with every stabilizer against what it extends: same base, same number of pictures seen,
-    the same small search for each."""
+def spread_over(lab, seeds, runs_of):
+    """The results of runs_of(seed) for every seed, each made with one of the folders of --bases in
+    turn: seed by seed, so that two rows can be compared in pairs."""
+    rooms, found = lab.rooms(), {}
+    for i, room in enumerate(rooms):
+        mine = [seed for seed in seeds if seed % len(rooms) == i]
+        results = iter(room.run([run for seed in mine for run in runs_of(seed)]))
+        found |= {seed: [next(results) for _ in runs_of(seed)] for seed in mine}
+    return [found[seed] for seed in seeds]
+
+
+def search_of(lab, rows):
+    """The search runs of `methods` on the validation seed: ({row: [result of each setting]},
+    {row: the chosen setting}, the base's row)."""
     args = lab.args
     search = dict(seed=args.validation[0], samples=args.search_samples)
-    base_caption = lab.run([("search_base", "sample", dict(model="base", prompt="plain") | search)
-                            ])[0]["row"]["caption"]
-    rows = chosen_rows(args, METHODS)
-    half = {name: {"batch": args.batch // 2} if fixed.get("method") == "dpo" else {}      # pairs
-            for name, (fixed, _) in rows.items()}
-    tries = {name: [(f"search_{slug(name)}_{i}", "align", fixed | setting | half[name] | search)
+    tries = {name: [(f"search_{slug(name)}_{i}", "align", flags_of(lab, name, setting) | search)
                     for i, setting in enumerate(settings)]
-             for name, (fixed, settings) in rows.items()}
-    done = {run[0]: result for run, result
-            in zip(sum(tries.values(), []), lab.run(sum(tries.values(), [])))}
-    best = {name: rows[name][1][choose([done[key] for key, _, _ in runs], base_caption)]
-            for name, runs in tries.items()}
-    finals = {name: [(f"{slug(name)}_{seed}", "sample", dict(model=model, prompt=kind, seed=seed))
-                     for seed in args.seeds]
-              for name, (model, kind) in SAMPLERS.items()}
-    finals |= {name: [(f"{slug(name)}_{seed}", "align",
-                       rows[name][0] | best[name] | half[name] | {"seed": seed})
-                      for seed in args.seeds]
-               for name in rows}
-    results = iter(lab.run(sum(finals.values(), [])))
-    results = {name: [next(results) for _ in runs] for name, runs in finals.items()}
-    column = lambda name, key: [r["row"][key] for r in results[name]]
-    table = [[name, *(written(column(name, key), digits) for key, digits in (("pos", 2), *COLUMNS)),
-              round(np.mean([r["seconds"] for r in results[name]])), results[name][0]["images"],
-              ", ".join(f"{k} {v:g}" for k, v in best.get(name, {}).items())] for name in results]
-    text = markdown(["row", "#A_pos", *HEADER, "seconds", "pictures seen", "chosen"], table)
-    searched = markdown(["row", *(f"setting {i + 1}" for i in range(4))],
-                        [[name,
-                          *(f"{done[key]['row']['neg']:.2f} / {done[key]['row']['caption']:.3f} ("
-                            + ", ".join(f"{k} {v:g}" for k, v in setting.items()) + ")"
-                            for (key, _, _), setting in zip(runs, rows[name][1]))]
-                         for name, runs in tries.items()])
-    real = np.mean([r["row"]["real_diversity"] for rs in results.values() for r in rs])
-    stem = publish(args, {"rows": results, "chosen": best}, text,
-                   f"Real all-positive paintings: diversity {real:.3f}.",
-                   f"The search (seed {args.validation[0]}, {args.search_samples} pictures; "
-                   f"#A_neg / caption accuracy; base caption {base_caption:.3f}). "
-                   + " ".join(choose.__doc__.split("Returns")[0].split()), searched)
-    bar_chart(f"{stem}.png", {name: over_seeds(column(name, "neg")) for name in results},
+             for name, (_, settings) in rows.items()}
+    first = ("search_base", "sample", dict(model="base", prompt="plain") | search)
+    base, *results = lab.run([first] + sum(tries.values(), []))
+    results = iter(results)
+    tried = {name: [next(results) for _ in runs] for name, runs in tries.items()}
+    chosen = {name: rows[name][1][choose(found, base["row"]["caption"])]
+              for name, found in tried.items()}
+    return tried, chosen, base["row"]
+
+
+def flags_of(lab, name, setting):
+    """The flags of one row of METHODS with one of its settings. A pair of Diffusion-DPO is two
+    pictures, so its batch is half as large."""
+    fixed = METHODS[name][0]
+    pairs = {"batch": lab.args.batch // 2} if fixed.get("method") == "dpo" else {}
+    return fixed | setting | pairs
+
+
+def methods(lab):
+    """CPO with every stabilizer against what it extends and against plain imitation of its teacher:
+    same bases, same number of pictures seen, the same kind of search for each."""
+    args = lab.args
+    rows = chosen_rows(args, METHODS)
+    tried, chosen, base = search_of(lab, rows)
+
+    def measured(names, seeds):
+        """{row: [result of each seed]}."""
+        def runs(seed):
+            return [(f"{slug(name)}_{seed}", "sample",
+                     dict(model=SAMPLERS[name][0], prompt=SAMPLERS[name][1], seed=seed))
+                    if name in SAMPLERS else
+                    (f"{slug(name)}_{seed}", "align",
+                     flags_of(lab, name, chosen[name]) | {"seed": seed}) for name in names]
+        return dict(zip(names, zip(*spread_over(lab, seeds, runs))))
+    results = measured([*SAMPLERS, *rows], args.seeds)
+    negative = lambda name: [result["row"]["neg"] for result in results[name]]
+    best = sorted(rows, key=lambda name: np.mean(negative(name)))[:args.top]
+    for name, more in measured(best, args.more_seeds).items():
+        results[name] += more
+    wide = {name: [result["row"] for result in results[name]] for name in results}
+    real = np.mean([row["real_diversity"] for found in wide.values() for row in found])
+    stem = publish(
+        args, {"rows": {name: list(found) for name, found in results.items()}, "chosen": chosen},
+        methods_table(results, chosen),
+        f"Real all-positive paintings: diversity {real:.3f}. Teacher calls: predictions of the "
+        "auxiliary for one run, a picture each (its own training is the same for all rows that "
+        f"have any). The best {args.top} rows have seeds {', '.join(map(str, args.more_seeds))} "
+        "too.",
+        "The best rows in pairs, seed by seed: the row's #A_neg less that of the column, 95 % "
+        "interval. Where it holds 0 the two are not told apart.",
+        pairs_table({name: negative(name) for name in best}),
+        "Where the target stands along the gap in training (0: z_l, 1: z_w) at the end of the run, "
+        "per timestep, and its displacement at right angles to the gap, in gaps; beside it where "
+        "free outputs would end:",
+        places_table(results, chosen),
+        f"The search (seed {args.validation[0]}, {args.search_samples} pictures; #A_neg / caption "
+        f"accuracy; base caption {base['caption']:.3f}). "
+        + " ".join(choose.__doc__.split("Returns")[0].split()),
+        search_table(tried, rows))
+    bar_chart(f"{stem}.png", {name: over_seeds(negative(name)) for name in results},
               f"Negative attributes per picture ({args.data} data)",
               f"#A_neg of {len(lab.data.criteria)}, lower is better; 95 % interval over seeds",
               highlight=[n for n in results if n.startswith("CPO")])
+
+
+def methods_table(results, chosen):
+    """{row: [result of each seed]}, {row: chosen setting} -> the main table in Markdown."""
+    def line(name, found):
+        column = lambda key: [result["row"][key] for result in found]
+        moved = [result["displacement"] for result in found if "displacement" in result]
+        return [name, *(written(column(key), digits) for key, digits in (*COLUMNS, *SEEN)),
+                written(moved, 4) if moved else "", found[0]["teacher calls"],
+                found[0]["images"], round(np.mean([result["seconds"] for result in found])),
+                ", ".join(f"{k} {v:g}" for k, v in chosen.get(name, {}).items())]
+    return markdown(["row", *HEADER, "nearest", "hue gap", "hatched", "displacement",
+                     "teacher calls", "pictures seen", "seconds", "chosen"],
+                    [line(*item) for item in results.items()])
+
+
+def pairs_table(values):
+    """{row: [#A_neg of each seed]} -> the differences of all pairs of rows in Markdown."""
+    return markdown(["#A_neg of row less column", *values],
+                    [[a, *("" if a == b else written(np.subtract(values[a], values[b]))
+                           for b in values)] for a in values])
+
+
+def place_at_rest(name, setting, place_ref):
+    """Where free outputs end along the gap under a row's rule (docs/derivation.md, section 7), as
+    text."""
+    rule, strength = METHODS[name][0].get("stabilizer"), setting.get("strength", 0.0)
+    return {"none": "no end", "winner": "1", "safeguard": "1", "balance": "1", "clamped": "about 1",
+            "constant": f"{1 / (1 - strength):.2f}" if strength < 1 else "no end",
+            "noisy": f"{place_ref + strength:.2f}"}[rule]
+
+
+def places_table(results, chosen):
+    """Where the targets of the rows that log it stand along the gap, and beside it, in
+    Markdown."""
+    lines = []
+    for name, found in results.items():
+        logs = [result["log"] for result in found if "place" in result.get("log", {})]
+        if not logs:
+            continue
+        bins = [[[log["per_t"][key][i] for key in ("place", "across")] for log in logs
+                 if log["per_t"]["place"][i] is not None] for i in range(BINS)]
+        ref = float(np.mean([log["place_ref"] for log in logs]))
+        lines.append([name, f"{ref:.2f}", place_at_rest(name, chosen[name], ref),
+                      written([log["place"] for log in logs]),
+                      *("{:.2f} ({:.2f})".format(*np.mean(x, 0)) if x else "" for x in bins),
+                      written([log["across"] for log in logs])])
+    return markdown(["row", "reference", "in theory", "reached", *(f"t {i * 1000 // BINS}- (across)"
+                                                                   for i in range(BINS)), "across"],
+                    lines)
+
+
+def search_table(tried, rows):
+    """{row: [result of each setting]} -> what each setting gave, in Markdown."""
+    most = max(len(found) for found in tried.values())
+    return markdown(["row", *(f"setting {i + 1}" for i in range(most))],
+                    [[name, *(f"{result['row']['neg']:.2f} / {result['row']['caption']:.3f} ("
+                              + ", ".join(f"{k} {v:g}" for k, v in setting.items()) + ")"
+                              for result, setting in zip(found, rows[name][1])),
+                      *[""] * (most - len(found))] for name, found in tried.items()])
+
+
+def pareto(lab):
+    """#A_neg against the distance from the base, over the settings that `methods` searched (its
+    runs, none of its own): which method buys most at equal displacement, and where each
+    over-optimises."""
+    lab = Lab(changed(lab.args, study="methods"))
+    tried, _, base = search_of(lab, chosen_rows(lab.args, METHODS))
+    args = changed(lab.args, study="pareto")
+    points = {name: sorted(((result["displacement"], result["row"], setting)
+                            for result, setting in zip(found, METHODS[name][1])),
+                           key=lambda point: point[0]) for name, found in tried.items()}
+    text = markdown(["row", "displacement", "#A_neg", "caption", "hue gap", "nearest", "setting"],
+                    [[name, f"{moved:.4f}", f"{row['neg']:.2f}", f"{row['caption']:.3f}",
+                      f"{row['hue_gap']:.2f}", f"{row['nearest']:.3f}",
+                      ", ".join(f"{k} {v:g}" for k, v in setting.items())]
+                     for name, found in points.items() for moved, row, setting in found])
+    stem = publish(args, {"base": base, "points": points},
+                   f"Displacement: E_t |eps - eps_ref|^2 at the model's own pictures. Seed "
+                   f"{args.validation[0]}, {args.search_samples} pictures a point, one run each; "
+                   f"the base has {base['neg']:.2f} / {base['caption']:.3f}, hue gap "
+                   f"{base['hue_gap']:.2f}.", text)
+    line_chart(f"{stem}.png",
+               {name: ([p[0] for p in found], [p[1]["neg"] for p in found], [0] * len(found))
+                for name, found in points.items()},
+               "What a distance from the base buys", "displacement", "#A_neg")
 
 
 def steps_to(curve, level, captions=None):
@@ -434,7 +566,8 @@ stabilizer."""
     print(text)
 
 
-STUDIES = {f.__name__: f for f in (methods, speed, decoupling, annotation, gap, guidance, world)}
+STUDIES = {f.__name__: f for f in (methods, pareto, speed, decoupling, annotation, gap, guidance,
+                                   world)}
 
 
 def add_study_flags(parser):
@@ -445,6 +578,12 @@ def add_study_flags(parser):
                         help="folder for the JSON, Markdown and PNG that are kept")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3],
                         help="training and sampling seeds that are reported")
+    parser.add_argument("--more-seeds", type=int, nargs="+", default=[4, 5],
+                        help="further seeds of the best rows of `methods`")
+    parser.add_argument("--top", type=above(0), default=5, help="how many rows those are")
+    parser.add_argument("--bases", nargs="+",
+                        help="folders with base and auxiliary, of several seeds, that the reported "
+                        "seeds of `methods` take in turn; the search is made with --out's")
     parser.add_argument("--validation", type=int, nargs="+", default=[101, 102],
                         help="seeds on which settings are chosen: `methods` takes the first, "
                         "`decoupling` the mean over all")

@@ -77,17 +77,17 @@ def stream(seed, name):
     return np.random.default_rng((*np.atleast_1d(seed), zlib.crc32(name.encode())))
 
 
-def paint(caption, states, seed):
+def paint(caption, states, seed, hue=None):
     """caption: one of CAPTIONS; states: {leaf name: +1 or -1} (a leaf that is not named takes a
-    random state); seed: an int or a tuple of ints -> uint8 (32, 32, 3). Raises ValueError on
-    another caption or leaf."""
+    random state); seed: an int or a tuple of ints; hue: of the sky, in turns (None: a random one)
+    -> uint8 (32, 32, 3). Raises ValueError on another caption or leaf."""
     if caption not in CAPTIONS:
         raise ValueError(f"this painter cannot paint '{caption}'; it knows: {', '.join(CAPTIONS)}")
     if not set(states) <= set(LEAVES):
         raise ValueError(f"this painter cannot draw {sorted(set(states) - set(LEAVES))}; it knows: "
                          f"{', '.join(LEAVES)}. For another tree give a folder of pictures")
     subject = caption.removeprefix("a ")
-    hue = stream(seed, "the scene").uniform(*HUES)
+    hue = stream(seed, "the scene").uniform(*HUES) if hue is None else hue
     good = {leaf: states[leaf] > 0 if leaf in states else stream(seed, leaf).random() < 0.5
             for leaf in LEAVES}
     soft = 1.0 if good["Edges"] else 7.0

@@ -65,11 +65,14 @@ def table(report):
     """The report as text: a line a row, then #A_neg per root dimension."""
     rows = report["rows"] | {"real positive": report["real_positive"]}
     lines = [f"{'':20} {'#A_neg (95 %)':>20} {'#A_pos':>7} {'caption':>8} "
-             f"{'diversity':>10} {'Frechet':>8}"]
+             f"{'diversity':>10} {'Frechet':>8} {'nearest':>8} {'hue gap':>8} {'rough':>6} "
+             f"{'hatched':>8} {'clipped':>8} {'doubtful':>8}"]
     for name, row in rows.items():
         ci = f"{row['neg']:.2f} ({row['neg_ci'][0]:.2f}-{row['neg_ci'][1]:.2f})"
         lines.append(f"{name:20} {ci:>20} {row['pos']:7.2f} {row['caption']:8.3f} "
-                     f"{row['diversity']:10.3f} {row['frechet']:8.2f}")
+                     f"{row['diversity']:10.3f} {row['frechet']:8.2f} {row['nearest']:8.3f} "
+                     f"{row['hue_gap']:8.2f} {row['roughness']:6.3f} {row['hatched']:8.2f} "
+                     f"{row['clipped']:8.3f} {row['doubtful']:8.2f}")
     roots = list(report["real_positive"]["by_root"])
     lines += ["", "#A_neg by root:      " + "  ".join(f"{root[:12]:>12}" for root in roots)]
     lines += [f"{name:20} " + "  ".join(f"{row['by_root'][root]:12.2f}" for root in roots)
