@@ -29,7 +29,7 @@ def scaled_linear_alpha_bar(steps=1000):
 
 def straight_alpha_bar(steps=1000):
     """alpha_bar (steps,) float64 for which s / (a + s) is (t + 1) / T: flow matching in even steps
-    (2209.03003)."""
+    (E20; 2209.03003)."""
     s = torch.arange(1, steps + 1, dtype=torch.float64) / steps
     return (1 - s) ** 2 / ((1 - s) ** 2 + s ** 2)
 

@@ -14,6 +14,7 @@ Conventions, stated once (Diffusion-DPO's, 2311.12908):
 
 logs: {name: detached tensor (B,)}. The mask `valid` marks samples that count.
 """
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -132,7 +133,7 @@ def preference_loss(win, lose, beta, lam, valid=None, spread=None):
             "weight": weight, "lam": lam, "valid": valid}
     # where, not if: a GPU would have to be waited for
     counted = torch.where(valid, loss, 0).sum() / valid.sum().clamp(min=1)
-    counted = torch.where(valid.any(), counted, loss.detach().mean())
+    counted = torch.where(valid.any(), counted, math.log(2))
     return counted, {name: value.detach() for name, value in logs.items()}
 
 

@@ -199,7 +199,8 @@ def step_weight(diffusion, t):
 @pytest.mark.parametrize("schedule", ["cosine", "scaled_linear"])
 def test_log_ratio_of_a_reverse_step(schedule):
     """The sampler's own Gaussian step: log p_theta / p_ref at the point that z implies is
-    -omega / 2 times a difference of squares (E6), and the mean over noisy outcomes is the same."""
+    -omega / 2 times a difference of squares (E6), and the mean of it over noisy outcomes is the
+    same (not that of the loss: E21)."""
     diffusion = Diffusion(schedule, "eps", steps=5)
     xt, eps, eps_ref, z = randn(4)
     alpha_bar, before = diffusion.alpha_bar[4], diffusion.alpha_bar[3]
@@ -223,6 +224,34 @@ def test_log_ratio_of_a_reverse_step(schedule):
     ratio = {name: torch.distributions.Normal(
         mu[name], sigma).log_prob(noisy).flatten(2).sum(2).mean(0) for name in ("theta", "ref")}
     close(ratio["theta"] - ratio["ref"], formula, 1e-8)
+
+
+def test_margin_of_noisy_steps():
+    """Draws of two Gaussian steps of DDPM, log-ratios by their densities: the margins have the mean
+    and the variance of (E21), beta = beta_R T omega_t N and s = 1 / (beta_R T); the loss is their
+    mean loss. If both draws share the noise, all margins are (E9)'s."""
+    diffusion, beta_r, steps = Diffusion("cosine", "eps", steps=50), 0.03, 50
+    xt, *predictions = randn(5, (1, 3, 2, 2))
+    alpha_bar, before, t = diffusion.alpha_bar[20], diffusion.alpha_bar[19], 20
+    alpha = alpha_bar / before
+    sigma = ((1 - alpha) * (1 - before) / (1 - alpha_bar)).sqrt()
+    theta, ref, win, lose = ((xt - (1 - alpha) / (1 - alpha_bar).sqrt() * z) / alpha.sqrt()
+                             for z in predictions)
+
+    def margins(noise_win, noise_lose):
+        def ratio(x):
+            return -(((x - theta) ** 2 - (x - ref) ** 2) / (2 * sigma ** 2)).flatten(1).sum(1)
+        return beta_r * steps * (ratio(win + sigma * noise_win) - ratio(lose + sigma * noise_lose))
+    noise = torch.randn(2, 200_000, 3, 2, 2, generator=torch.Generator().manual_seed(0),
+                        dtype=torch.float64)
+    drawn, shared = margins(*noise), margins(noise[0], noise[0])
+    beta, s = beta_r * steps * float(step_weight(diffusion, t)) * 12, 1 / (beta_r * steps)
+    loss, logs = cpo_loss(*predictions, beta, "noisy", s)
+    moved = float((predictions[0] - predictions[1]).square().mean())
+    assert float(drawn.mean()) == pytest.approx(float(logs["margin"]), abs=0.02)
+    assert float(drawn.var()) == pytest.approx(2 * beta / s * moved, rel=0.02)
+    assert float(-drawn.sigmoid().log().mean()) == pytest.approx(float(loss), rel=0.01)
+    close(shared, logs["margin"].expand_as(shared), 1e-8)
 
 
 def test_beta_absorbs_the_weights_of_the_step():
@@ -262,16 +291,23 @@ def test_certain_preference_has_no_minimiser_and_an_uncertain_one_has():
     assert 0 < unsure.argmin() < 2000 and abs(u[unsure.argmin()] - math.log(4)) < 0.01
 
 
-def test_scale_free_beta_is_the_same_in_both_spaces():
-    """beta = 4 / |d|^2: u = 4 from z_lose to z_win, and eps- and v-space agree on u and on where a
-    stabilizer is (E16)."""
+def test_scale_free_beta_is_the_same_in_all_spaces():
+    """beta = 4 / |d|^2: u = 4 from z_lose to z_win, and eps-, v- and flow-space agree on u, on where
+    a stabilizer is, and on the noisy form (E16, E20)."""
     eps, eps_ref, z_win, z_lose, xt = randn(5)
-    v = [(x - 0.8 ** 0.5 * xt) / 0.2 ** 0.5 for x in (eps, eps_ref, z_win, z_lose)]
-    one, other = (cpo_loss(*x, stabilizer="balance", strength=0.7)[1]
-                  for x in ((eps, eps_ref, z_win, z_lose), v))
-    close(one["margin"], other["margin"])
-    close(one["lam"], other["lam"])
-    close(other["gap"], one["gap"] / 0.2)
+    in_eps = (eps, eps_ref, z_win, z_lose)
+    # alpha_bar 0.2; sigma 0.6
+    v = [(x - 0.8 ** 0.5 * xt) / 0.2 ** 0.5 for x in in_eps]
+    flow = [(x - xt) / 0.4 for x in in_eps]
+    for space, scale in ((v, 0.2), (flow, 0.4 ** 2)):
+        for rule, strength in (("balance", 0.7), ("noisy", 1.5)):
+            (loss, one), (there, other) = (cpo_loss(*x, stabilizer=rule, strength=strength)
+                                           for x in (in_eps, space))
+            close(loss, there)
+            for name in ("margin", "lam", "weight", "place", "place_ref"):
+                close(one[name], other[name])
+            close(one["across"], other["across"], 1e-6)
+            close(other["gap"], one["gap"] / scale)
     close(cpo_loss(z_win, z_lose, z_win, z_lose)[1]["margin"], 4.0)
     k = 0.5  # and the margin at the limit of `constant`, the brake of the text
     close(cpo_loss(z_win + k / (1 - k) * (z_win - z_lose), z_lose, z_win, z_lose)[1]["margin"],

@@ -9,6 +9,7 @@ from nanocpo.diffusion import Diffusion, cosine_alpha_bar, guide, scaled_linear_
 
 BOTH = pytest.mark.parametrize("schedule", ["cosine", "scaled_linear"])
 EACH = pytest.mark.parametrize("prediction", ["eps", "v"])
+ALL = pytest.mark.parametrize("prediction", ["eps", "v", "flow"])
 MEAN, STD = 0.3, 0.5                                          # of the Gaussian picture
 
 
@@ -21,9 +22,11 @@ def answer(diffusion, x0_of):
     diffusion."""
     def predict(xt, t):
         a, s = diffusion.alpha_bar[t[0]].sqrt(), (1 - diffusion.alpha_bar[t[0]]).sqrt()
+        if diffusion.prediction == "flow":
+            a, s = a / (a + s), s / (a + s)
         x0 = x0_of(xt, diffusion.alpha_bar[t[0]])
         eps = (xt - a * x0) / s
-        return eps if diffusion.prediction == "eps" else a * eps - s * x0
+        return {"eps": eps, "v": a * eps - s * x0, "flow": eps - x0}[diffusion.prediction]
     return predict
 
 
@@ -75,8 +78,8 @@ def test_q_sample_has_the_right_moments(schedule):
 
 
 @BOTH
-@EACH
-def test_x0_eps_and_v_round_trip(schedule, prediction):
+@ALL
+def test_x0_and_eps_round_trip(schedule, prediction):
     diffusion = Diffusion(schedule, prediction)
     t = torch.tensor([0, 1, 500, 950, 998])
     x0, noise = randn(5, 3, 4, 4, seed=1), randn(5, 3, 4, 4, seed=2)
@@ -108,6 +111,48 @@ def test_goal_by_hand():
         alpha_bar = float(scaled_linear_alpha_bar()[t[i]])
         by_hand = math.sqrt(alpha_bar) * noise[i] - math.sqrt(1 - alpha_bar) * x0[i]
         torch.testing.assert_close(v.goal(x0, t, noise)[i], by_hand, atol=1e-12, rtol=0)
+
+
+def test_flow_matching_is_the_straight_line():
+    """x_t = (1 - sigma) x_0 + sigma eps, y = eps - x_0, sigma = (t + 1) / T (E20); at pure noise too
+    the prediction tells the picture."""
+    diffusion, t = Diffusion("straight", "flow"), torch.tensor([0, 249, 998, 999])
+    x0, noise = randn(4, 3, 4, 4, seed=1), randn(4, 3, 4, 4, seed=2)
+    sigma = torch.tensor([0.001, 0.25, 0.999, 1.0], dtype=torch.float64).view(4, 1, 1, 1)
+    xt, y = diffusion.q_sample(x0, t, noise), diffusion.goal(x0, t, noise)
+    torch.testing.assert_close(xt, (1 - sigma) * x0 + sigma * noise, atol=1e-12, rtol=0)
+    torch.testing.assert_close(y, noise - x0, atol=1e-12, rtol=0)
+    got_x0, got_noise = diffusion.x0_and_eps(y, xt, t)
+    torch.testing.assert_close(got_x0, xt - sigma * y, atol=1e-12, rtol=0)
+    torch.testing.assert_close(got_noise, xt + (1 - sigma) * y, atol=1e-12, rtol=0)
+    torch.testing.assert_close(got_x0, x0, atol=1e-12, rtol=0)
+    # a step of the sampler is Euler's: x + (sigma' - sigma) y, and the last one leads to x_0
+    seen = []
+    out = diffusion.sample(lambda x, t: seen.append((x, t)) or y[:1] * (1 + int(t[0]) / 1000),
+                           xt[3:], 2)
+    (first, t_first), (second, t_second) = seen
+    sigmas = [(int(t[0]) + 1) / 1000 for t in (t_first, t_second)]
+    moved = first + (sigmas[1] - sigmas[0]) * y[:1] * (1 + int(t_first[0]) / 1000)
+    torch.testing.assert_close(second, moved, atol=1e-12, rtol=0)
+    torch.testing.assert_close(out, second - sigmas[1] * y[:1] * (1 + int(t_second[0]) / 1000),
+                               atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.6, 1.0])
+def test_flow_on_another_schedule_is_v_in_other_units(eta):
+    """Divided by a + s, every x_t of the v-model is one of flow matching: also its noisy steps."""
+    v, flow = (Diffusion("scaled_linear", prediction, steps=50) for prediction in ("v", "flow"))
+    seen, unit = {"v": [], "flow": []}, lambda t: sum(v.shares(v.alpha_bar[t]))
+    x0, start = randn(1, 2, 3, 3, seed=1), randn(1, 2, 3, 3, seed=2)
+    outs = [diffusion.sample(
+        lambda x, t: seen[diffusion.prediction].append((x, int(t[0]))) or answer(
+            diffusion, lambda xt, _: x0)(x, t),
+        start / (unit(49) if diffusion is flow else 1), 4, eta, torch.Generator().manual_seed(3))
+        for diffusion in (v, flow)]
+    assert len(seen["v"]) == len(seen["flow"]) == 4
+    for (a, t), (b, _) in zip(seen["v"], seen["flow"]):
+        torch.testing.assert_close(a / unit(t), b, atol=1e-12, rtol=0)
+    torch.testing.assert_close(*outs, atol=1e-12, rtol=0)
 
 
 def test_timesteps_for_every_count():
@@ -189,7 +234,7 @@ def test_eta_scales_the_noise_of_a_skipping_step(prediction):
     torch.testing.assert_close(seen[1], by_hand, atol=1e-9, rtol=0)
 
 
-@EACH
+@ALL
 @pytest.mark.parametrize("count", [1, 3])
 def test_the_last_step_adds_no_noise(prediction, count):
     diffusion, x0 = Diffusion("scaled_linear", prediction), randn(2, 3, 4, 4, seed=1)

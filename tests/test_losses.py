@@ -13,6 +13,7 @@ LOG2 = math.log(2)
 # One strength per rule; none of them a power of two, so that lam * x + (1 - lam) * x
 # has to be rounded.
 STRENGTH = {name: rule.strength for name, rule in RULES.items()}
+LAMBDAS = [name for name, rule in RULES.items() if not rule.noisy]    # these differ in lam only
 STRENGTH |= {"none": 0.0, "winner": 0.0, "constant": 0.7, "safeguard": 0.3, "balance": 1.0,
              "clamped": 0.85}
 
@@ -70,8 +71,18 @@ def test_cpo_by_hand():
     assert loss.item() == pytest.approx(math.log1p(math.exp(-1)))
     expected = {"winner": 0.5, "winner_ref": 4, "loser": 8.5, "loser_ref": 2, "gap": 10,
                 "margin": 1, "accuracy": 1, "valid": 1, "lam": 1, "weight": 1 / (1 + math.e),
-                "loss": math.log1p(math.exp(-1))}
+                "loss": math.log1p(math.exp(-1)),
+                # <eps - z_lose, d> = (1 * 2 + 4 * 4) / 2 = 9, of 10; the reference's is 4. Of
+                # |eps - eps_ref|^2 = 2.5 the gap explains 5^2 / 10, so nothing is left
+                "place": 0.9, "place_ref": 0.4, "across": 0}
     assert {name: value.item() for name, value in logs.items()} == pytest.approx(expected)
+
+
+def test_place_and_across_by_hand():
+    """From z_lose (0, 0) to z_win (2, 0): the output (1, 3) stands half-way, the reference (0, 1) at
+    the start; their difference (1, 2) is 2 across, and the gap 2 long."""
+    _, logs = cpo_loss(picture(1, 3), picture(0, 1), picture(2, 0), picture(0, 0))
+    assert [logs[name].item() for name in ("place", "place_ref", "across")] == [0.5, 0.0, 1.0]
 
 
 def test_cpo_gradient_by_hand():
@@ -145,7 +156,7 @@ def test_defaults():
     _, logs, grad = cpo_grad(*a)
     close(grad, cpo_grad(*a, beta=4 / mean((a[2] - a[3])**2), stabilizer="constant",
                          strength=0.55)[2])
-    for rule, (_, strength, _) in RULES.items():
+    for rule, (_, strength, *_) in RULES.items():
         close(cpo_loss(*a, stabilizer=rule)[1]["lam"],
               cpo_loss(*a, stabilizer=rule, strength=strength)[1]["lam"])
     close(dpo_loss(*randn(6), beta=200.0)[1]["margin"],
@@ -190,7 +201,52 @@ def test_dpo_autograd_equals_finite_differences():
         (eps_win.requires_grad_(), eps_lose.requires_grad_()))
 
 
-@pytest.mark.parametrize("rule", RULES)
+def test_gradient_of_noisy_by_hand():
+    """By Stein's identity (E21): -beta E[sigmoid(-u)] d + 2 beta / s E[sigmoid sigmoid(-u)] Delta,
+    over N B; the means over n by a fine sum."""
+    beta, s = 1.7, 0.8
+    eps, eps_ref, z_win, z_lose = a = randn(4)
+    loss, logs, grad = cpo_grad(*a, beta=beta, stabilizer="noisy", strength=s)
+    n = torch.linspace(-10, 10, 20_001, dtype=torch.float64)
+    weight = torch.exp(-n ** 2 / 2) / (2 * math.pi) ** 0.5 * 0.001
+    losses = []
+    for i in range(len(eps)):
+        d, moved = z_win[i] - z_lose[i], eps[i] - eps_ref[i]
+        u = beta * (d * moved).mean() + (2 * beta / s * (moved ** 2).mean()) ** 0.5 * n
+        losses.append((weight * -torch.sigmoid(u).log()).sum())
+        push, pull = ((weight * torch.sigmoid(-u)).sum(),
+                      (weight * torch.sigmoid(u) * torch.sigmoid(-u)).sum())
+        close(grad[i], (-beta * push * d + 2 * beta / s * pull * moved) / d.numel() / len(eps), 2e-4)
+        close(logs["weight"][i], push, 5e-4)
+        close(logs["margin"][i], beta * (d * moved).mean())
+    close(loss, sum(losses) / len(losses), 5e-4)
+    # more strength, less pull back to the reference
+    further = cpo_grad(*a, beta=beta, stabilizer="noisy", strength=2 * s)[0]
+    assert further < loss and cpo_loss(*a, beta=beta, stabilizer="none")[0] < further
+
+
+def test_noisy_at_the_reference():
+    """The value is log 2, the gradient vanilla's: finite, where |Delta| has none."""
+    eps, z_win, z_lose = randn(3)
+    loss, _, grad = cpo_grad(eps, eps, z_win, z_lose, beta=1.7, stabilizer="noisy", strength=1.5)
+    close(loss, LOG2)
+    close(grad, cpo_grad(eps, eps, z_win, z_lose, beta=1.7, stabilizer="none")[2], 1e-9)
+
+
+def test_noisy_of_two_pictures_spreads_by_both_displacements():
+    """Diffusion-DPO's margins have the variance beta / s (|Delta_w|^2 + |Delta_l|^2) (E21)."""
+    eps_win, ref_win, goal_win, eps_lose, ref_lose, goal_lose = a = randn(6)
+    loss, logs = dpo_loss(*a, 2.0, "noisy", 0.5)
+    spread = (4 * (mean((eps_win - ref_win) ** 2) + mean((eps_lose - ref_lose) ** 2))).sqrt()
+    by_hand, _ = preference_loss(
+        *(mean((e - g) ** 2) - mean((r - g) ** 2) for e, r, g in (a[:3], a[3:])), 2.0,
+        torch.ones(4, dtype=torch.float64), spread=spread)
+    close(loss, by_hand, 1e-8)
+    assert loss > preference_loss(*(mean((e - g) ** 2) - mean((r - g) ** 2)
+                                    for e, r, g in (a[:3], a[3:])), 2.0, torch.ones(4))[0]
+
+
+@pytest.mark.parametrize("rule", LAMBDAS)
 def test_cpo_gradient_equals_closed_form(rule):
     """beta sigmoid(-u) / (N B) times (eps - z_win) - lam (eps - z_lose), lam from each sample
     alone, in plain arithmetic."""
@@ -415,7 +471,7 @@ def test_valid_is_the_mean_over_valid():
     close(loss, LOG2, 1e-6)
 
 
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rule", LAMBDAS)
 def test_straight_through_keeps_the_value(rule):
     """A stabilizer changes the gradient only: loss curves of two rules can be compared."""
     a = randn(4)
@@ -554,7 +610,7 @@ def test_no_gradient_where_the_reference_is_the_winner(rule):
     close(grad, torch.zeros_like(grad))
 
 
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rule", LAMBDAS)
 def test_dpo_gradient_is_finite_where_the_winner_is_met(rule):
     """lam is detached: the slope of |g_win| at 0 is infinite, and 0 times it would be nan."""
     eps_win, ref_win, eps_lose, ref_lose, goal_lose = randn(5)

@@ -186,6 +186,32 @@ def test_constant_ends_at_the_guided_target(k):
     close(limit, guide(WIN, LOSE, 1 / (1 - k)), 1e-10)
 
 
+@pytest.mark.parametrize("s, beta", [(0.5, None), (1.0, None), (0.7, 0.3), (2.0, 0.1)])
+def test_noisy_ends_at_the_optimum_of_the_kl_penalty(s, beta):
+    """Its minimum is eps_ref + s d, whatever beta (E21): the optimum of (E4) with 1 / beta_R = s;
+    nothing moves at right angles to the gap. Without the noise, or if both draws share it, the same
+    descent runs past every point (E9)."""
+    eps = (REF + 0.3 * torch.randn(REF.shape, generator=torch.Generator().manual_seed(0),
+                                   dtype=torch.float64)).requires_grad_()
+    optimizer = torch.optim.LBFGS([eps], max_iter=2000, max_eval=4000, tolerance_grad=1e-13,
+                                  tolerance_change=1e-16, history_size=50,
+                                  line_search_fn="strong_wolfe")
+
+    def closure(rule="noisy"):
+        optimizer.zero_grad()
+        loss, _ = cpo_loss(eps, REF, WIN, LOSE, beta, rule, s)
+        (1e3 * loss).backward()
+        return 1e3 * loss
+    optimizer.step(closure)
+    close(eps.detach(), REF + s * GAP, 2e-4)
+    _, logs = cpo_loss(eps, REF, WIN, LOSE, beta, "noisy", s)
+    close(logs["place"] - logs["place_ref"], torch.full_like(logs["place"], s), 2e-4)
+    assert logs["across"].max() < 2e-4
+    further = cpo_loss(REF + 3 * s * GAP, REF, WIN, LOSE, beta, "none", s)[0]
+    assert further < cpo_loss(REF + s * GAP, REF, WIN, LOSE, beta, "none", s)[0]
+    assert cpo_loss(REF + 3 * s * GAP, REF, WIN, LOSE, beta, "noisy", s)[0] > logs["loss"].mean()
+
+
 def test_winner_alone_is_regression():
     """lam = 0 ends at z_win (E11)."""
     path = list(flow("winner", 0.0, 100, 0.25))
