@@ -2,6 +2,7 @@
 
     python sample.py --checkpoint out/target.pt --caption "a boat" "a tree" --count 4 --judge
     python sample.py --checkpoint out/auxiliary.pt --positive all --negative all --guidance 2
+    python sample.py --checkpoint out/auxiliary.pt --axis "Color Relations=2" "Composition=0"
     python sample.py --weights sd15 --lora out_sd/target.safetensors --prompt "a boat on a lake"
 
 A plain model needs the caption only. With --guidance other than 1 the sample is guided from the
@@ -23,7 +24,8 @@ def main(argv=None):
     captions = [caption for caption in painter.captions for _ in range(sampling.count)]
     prompts, away = painter.prompts(captions)
     images = to_images(painter.model.sample(prompts, away, sampling.guidance, sampling.steps,
-                                            sampling.eta, sampling.seed))
+                                            sampling.eta, sampling.seed,
+                                            axes=painter.axes(captions)))
     save_grid(sampling.out, images, painter.labels(images, captions), zoom=painter.zoom,
               columns=min(len(images), painter.columns))
     print(f"{sampling.out}: {len(images)} pictures")

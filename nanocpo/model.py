@@ -133,9 +133,12 @@ class Model(nn.Module):
                             for _ in range(count)])
 
     @torch.no_grad()
-    def sample(self, prompts, negative=None, guidance=1.0, steps=12, eta=0.0, seed=0, batch=128):
+    def sample(self, prompts, negative=None, guidance=1.0, steps=12, eta=0.0, seed=0, batch=128,
+               axes=()):
         """prompts: N Prompts; negative: N Prompts to guide away from (with guidance != 1) ->
-        images (N, 3, size, size) in [-1, 1].
+        images (N, 3, size, size) in [-1, 1]. axes: (scale, N Prompts, N Prompts) each; scale times
+        the difference of their predictions is added, a knob for each branch of the tree
+        (2512.10237).
 
         The first noise of picture i depends on seed and i only: two models with the same seed
         start from the same noise."""
@@ -143,16 +146,20 @@ class Model(nn.Module):
         self.eval()
         generator = torch.Generator().manual_seed(seed)
         noise = self.first_noise(len(prompts), generator)
-        away = negative if guidance != 1 else None
+        away = [negative] if negative and guidance != 1 else []
+        asked = [prompts, *away, *(side for _, *sides in axes for side in sides)]
         for start in range(0, len(prompts), batch):
             part = slice(start, start + batch)
-            tokens = self.text.tokens([*prompts[part], *away[part]] if away else prompts[part])
+            tokens = self.text.tokens([prompt for side in asked for prompt in side[part]])
 
             def predict(xt, t):
-                if not away:
-                    return self(xt, t, tokens)
-                both = self(torch.cat([xt, xt]), torch.cat([t, t]), tokens)
-                return guide(*both.chunk(2), guidance)
+                # all questions in one call
+                many = len(asked)
+                first, *rest = self(torch.cat([xt] * many), torch.cat([t] * many), tokens).chunk(many)
+                if away:
+                    first = guide(first, rest.pop(0), guidance)
+                return first + sum(scale * (good - bad) for (scale, *_), good, bad
+                                   in zip(axes, rest[::2], rest[1::2]))
             xt = send(noise[part], self.device)
             latents = self.diffusion.sample(predict, xt, steps, eta, generator, self.latents.clip)
             out.append(self.latents.decode(latents))

@@ -252,6 +252,10 @@ class Sampling:
     negative: list = setting((), "attributes to list as bad; with guidance, to move away from",
                              nargs="+")
     guidance: float = setting(1.0, "1: none", type=float)
+    axis: list = setting((), "a knob for each branch, NAME=SCALE: how far to push it from bad to "
+                         "good beside the prompt (0: not at all; below 0: the other way). NAME is "
+                         "a branch or leaf of the tree; with --weights good phrase / bad phrase",
+                         nargs="+")
     count: int = setting(4, "pictures for each caption", type=above(0))
     steps: int = setting(12, "sampling steps", type=int)
     eta: float = setting(0.0, "0: DDIM; 1: as much noise as DDPM", type=float)
@@ -259,6 +263,19 @@ class Sampling:
     judge: bool = setting(False, "write the critic's verdict under each picture")
     device: str = setting("auto", "auto, cpu, cuda, mps", type=pick_device)
     out: str = setting("samples.png", "the grid")
+
+
+def knobs(axis):
+    """The values of --axis -> [(name, scale)]. Raises ValueError on one that has no scale."""
+    found = []
+    for text in axis:
+        name, _, scale = text.rpartition("=")
+        try:
+            found.append((name.strip(), float(scale)))
+        except ValueError as error:
+            raise ValueError(f"--axis '{text}': write NAME=SCALE, for example "
+                             "\"Color Relations=2\"") from error
+    return found
 
 
 SAMPLING = {"toy": Sampling(), "stable diffusion": Sampling(guidance=7.5, steps=30, count=1)}

@@ -163,11 +163,12 @@ class SDModel(Model):
             pooled = None if pooled is None else pooled.to(dtype)
             return at_least_float32(unet(xt.to(dtype), t, context.to(dtype), pooled, sizes))
 
-    def sample(self, prompts, negative=None, guidance=1.0, steps=30, eta=0.0, seed=0, batch=1):
+    def sample(self, prompts, negative=None, guidance=1.0, steps=30, eta=0.0, seed=0, batch=1,
+               axes=()):
         """Model.sample; with guidance other than 1 and no `negative`, away from the
         empty prompt."""
         return super().sample(prompts, negative or [""] * len(prompts), guidance, steps, eta,
-                              seed, batch)
+                              seed, batch, axes)
 
     @property
     def latent_shape(self):

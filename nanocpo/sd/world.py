@@ -11,6 +11,7 @@ import torch
 
 from ..criteria import Prompt
 from ..data import to_images
+from ..run.settings import knobs
 from ..run.stages import alignment_step
 from ..utils import ranks
 from ..utils.checkpoint import CURE, load_checkpoint
@@ -171,6 +172,17 @@ class StableDiffusionPainter:
         beside = bad if self.sampling.guidance == 1 else ()
         return ([Prompt(c, good, beside) for c in captions],
                 [Prompt(c, (), bad) for c in captions] if bad else None)
+
+    def axes(self, captions):
+        """As ToyPainter.axes; a name is a pair of phrases, good / bad."""
+        found = []
+        for name, scale in knobs(self.sampling.axis):
+            good, slash, bad = (part.strip() for part in name.partition("/"))
+            if not (good and slash and bad):
+                raise ValueError(f"--axis '{name}': with --weights write both phrases, good / bad")
+            found.append((scale, [Prompt(c, (good,), ()) for c in captions],
+                          [Prompt(c, (), (bad,)) for c in captions]))
+        return found
 
     def labels(self, images, captions):
         """What stands under each picture."""

@@ -28,7 +28,7 @@ from .plots import bar_chart, line_chart, matrix_chart
 DPO = [dict(lr=6e-4, beta=200.0), dict(lr=2e-4, beta=200.0), dict(lr=6e-4, beta=1000.0),
        dict(lr=6e-4, beta=50.0)]
 DPO_WIDE = DPO + [dict(lr=1.2e-3, beta=200.0), dict(lr=6e-4, beta=200.0, apart=4),
-                  dict(lr=1.2e-3, beta=200.0, apart=4), dict(lr=6e-4, beta=1000.0, apart=4)]
+                  dict(lr=1.2e-3, beta=50.0, apart=4)]
 IMITATE = [dict(lr=1.2e-3, paint=512), dict(lr=6e-4, paint=512), dict(lr=2.4e-3, paint=512),
            dict(lr=1.2e-3, paint=1024)]
 
@@ -40,28 +40,24 @@ def _strengths(first, other, fourth):
 
 METHODS = {
     "SFT on the best": (dict(method="sft"),
-                        [dict(lr=1.2e-3, best=0.1), dict(lr=2.4e-3, best=0.1),
+                        [dict(lr=1.2e-3, best=0.1), dict(lr=2.4e-3, best=0.03),
                          dict(lr=1.2e-3, best=0.03), dict(lr=1.2e-3, best=0.01)]),
     "Diffusion-DPO": (dict(method="dpo"), DPO_WIDE),
     "Diffusion-DPO on the teacher's pairs": (dict(method="dpo", paint=512), DPO),
     "SFT on the teacher's prompted pictures": (dict(method="sft"), IMITATE),
     "SFT on the teacher's guided pictures": (dict(method="sft", paint_guidance=2.0), IMITATE),
-    "guided target (ESD)": (dict(method="esd"), _strengths(0.55, 0.7, 0.4)),
-    "CPO none": (dict(stabilizer="none"), [dict(lr=1.2e-3), dict(lr=4e-4),
-                                           dict(lr=1.2e-3, beta=100.0), dict(lr=1e-4)]),
-    "CPO winner": (dict(stabilizer="winner"), [dict(lr=1.2e-3), dict(lr=6e-4),
-                                               dict(lr=2.4e-3), dict(lr=4.8e-3)]),
-    "CPO constant": (dict(stabilizer="constant"), _strengths(0.55, 0.7, 0.4)),
-    "CPO constant, own": (dict(stabilizer="constant", pairs="own"),
-                          _strengths(0.55, 0.7, 0.8)),
+    "guided target (ESD)": (dict(method="esd"), _strengths(0.55, 0.7, 0.3)),
+    "CPO none": (dict(stabilizer="none"), [dict(lr=1.2e-3), dict(lr=4e-4), dict(lr=1e-4)]),
+    "CPO winner": (dict(stabilizer="winner"), [dict(lr=1.2e-3), dict(lr=2.4e-3), dict(lr=4.8e-3)]),
+    "CPO constant": (dict(stabilizer="constant"), _strengths(0.55, 0.7, 0.3)),
+    "CPO constant, own": (dict(stabilizer="constant", pairs="own"), _strengths(0.55, 0.7, 0.8)),
     "CPO constant, completed": (dict(stabilizer="constant", pairs="completed"),
                                 _strengths(0.55, 0.7, 0.8)),
     "CPO constant at the teacher's pictures": (dict(stabilizer="constant", paint=512),
-                                               _strengths(0.55, 0.3, 0.4)),
-    "CPO safeguard": (dict(stabilizer="safeguard"), _strengths(0.2, 0.6, 0.4)),
-    "CPO balance": (dict(stabilizer="balance"), _strengths(0.85, 0.6, 0.7)),
-    "CPO clamped": (dict(stabilizer="clamped"), _strengths(0.85, 0.6, 0.7)),
-    "CPO noisy": (dict(stabilizer="noisy"), _strengths(1.5, 1.0, 0.7)),
+                                               _strengths(0.55, 0.3, 0.0)),
+    "CPO safeguard": (dict(stabilizer="safeguard"), _strengths(0.2, 0.6, 0.4)[:3]),
+    "CPO balance": (dict(stabilizer="balance"), _strengths(0.85, 0.6, 0.7)[:3]),
+    "CPO noisy": (dict(stabilizer="noisy"), _strengths(1.5, 1.0, 2.0)),
 }
 SAMPLERS = {"base": ("base", "plain"), "auxiliary prompted": ("auxiliary", "prompted"),
             "auxiliary guided": ("auxiliary", "guided")}

@@ -10,6 +10,7 @@ from ..criteria import Criteria
 from ..data import to_images
 from ..folder.reading import from_folder
 from ..model import Model, load_model
+from ..run.settings import knobs
 from ..utils import ranks
 from ..utils.checkpoint import CURE, is_finished, load_checkpoint, use_again
 from ..utils.device import pick_device
@@ -146,6 +147,16 @@ class ToyPainter:
         beside = bad if sampling.guidance == 1 else []    # without guidance one prompt has both
         return ([criteria.prompt(c, criteria.annotation(good, beside)) for c in captions],
                 [criteria.prompt(c, criteria.annotation((), bad)) for c in captions])
+
+    def axes(self, captions):
+        """captions: N -> (scale, N Prompts good in the branch, N Prompts bad in it) for each
+        --axis."""
+        criteria, found = self.model.criteria, []
+        for name, scale in knobs(self.sampling.axis):
+            branch = np.isin(np.arange(len(criteria)), criteria.columns(name)).astype(np.int8)
+            found.append((scale, *([criteria.prompt(c, sign * branch) for c in captions]
+                                   for sign in (1, -1))))
+        return found
 
     def labels(self, images, captions):
         """What stands under each picture; with --judge the critic's verdict, and its means are
