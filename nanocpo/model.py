@@ -154,8 +154,8 @@ class Model(nn.Module):
 
             def predict(xt, t):
                 # all questions in one call
-                many = len(asked)
-                first, *rest = self(torch.cat([xt] * many), torch.cat([t] * many), tokens).chunk(many)
+                n = len(asked)
+                first, *rest = self(torch.cat([xt] * n), torch.cat([t] * n), tokens).chunk(n)
                 if away:
                     first = guide(first, rest.pop(0), guidance)
                 return first + sum(scale * (good - bad) for (scale, *_), good, bad

@@ -292,8 +292,8 @@ def test_certain_preference_has_no_minimiser_and_an_uncertain_one_has():
 
 
 def test_scale_free_beta_is_the_same_in_all_spaces():
-    """beta = 4 / |d|^2: u = 4 from z_lose to z_win, and eps-, v- and flow-space agree on u, on where
-    a stabilizer is, and on the noisy form (E16, E20)."""
+    """beta = 4 / |d|^2: u = 4 from z_lose to z_win, and eps-, v- and flow-space agree on u, on
+    where a stabilizer is, and on the noisy form (E16, E20)."""
     eps, eps_ref, z_win, z_lose, xt = randn(5)
     in_eps = (eps, eps_ref, z_win, z_lose)
     # alpha_bar 0.2; sigma 0.6

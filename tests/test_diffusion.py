@@ -114,8 +114,8 @@ def test_goal_by_hand():
 
 
 def test_flow_matching_is_the_straight_line():
-    """x_t = (1 - sigma) x_0 + sigma eps, y = eps - x_0, sigma = (t + 1) / T (E20); at pure noise too
-    the prediction tells the picture."""
+    """x_t = (1 - sigma) x_0 + sigma eps, y = eps - x_0, sigma = (t + 1) / T (E20); at pure noise
+    too the prediction tells the picture."""
     diffusion, t = Diffusion("straight", "flow"), torch.tensor([0, 249, 998, 999])
     x0, noise = randn(4, 3, 4, 4, seed=1), randn(4, 3, 4, 4, seed=2)
     sigma = torch.tensor([0.001, 0.25, 0.999, 1.0], dtype=torch.float64).view(4, 1, 1, 1)

@@ -79,8 +79,8 @@ def test_cpo_by_hand():
 
 
 def test_place_and_across_by_hand():
-    """From z_lose (0, 0) to z_win (2, 0): the output (1, 3) stands half-way, the reference (0, 1) at
-    the start; their difference (1, 2) is 2 across, and the gap 2 long."""
+    """From z_lose (0, 0) to z_win (2, 0): the output (1, 3) stands half-way, the reference (0, 1)
+    at the start; their difference (1, 2) is 2 across, and the gap 2 long."""
     _, logs = cpo_loss(picture(1, 3), picture(0, 1), picture(2, 0), picture(0, 0))
     assert [logs[name].item() for name in ("place", "place_ref", "across")] == [0.5, 0.0, 1.0]
 
@@ -216,7 +216,8 @@ def test_gradient_of_noisy_by_hand():
         losses.append((weight * -torch.sigmoid(u).log()).sum())
         push, pull = ((weight * torch.sigmoid(-u)).sum(),
                       (weight * torch.sigmoid(u) * torch.sigmoid(-u)).sum())
-        close(grad[i], (-beta * push * d + 2 * beta / s * pull * moved) / d.numel() / len(eps), 2e-4)
+        by_hand = -beta * push * d + 2 * beta / s * pull * moved
+        close(grad[i], by_hand / d.numel() / len(eps), 2e-4)
         close(logs["weight"][i], push, 5e-4)
         close(logs["margin"][i], beta * (d * moved).mean())
     close(loss, sum(losses) / len(losses), 5e-4)
