@@ -29,6 +29,7 @@ from machine import peak, product  # noqa: E402
 
 import nanocpo.method as method  # noqa: E402
 import nanocpo.train as train  # noqa: E402
+import nanocpo.utils.log as log  # noqa: E402
 from nanocpo.criteria import Criteria  # noqa: E402
 from nanocpo.data import Paintings  # noqa: E402
 from nanocpo.losses import cpo_loss  # noqa: E402
@@ -182,7 +183,7 @@ class Bench:
                   (torch.Tensor, "backward", "backward"),
                   (torch.nn.utils, "clip_grad_norm_", "gradient norm"),
                   (Muon, "step", "optimiser"),
-                  (train.TrainingState, "step", "average"), (train.Log, "write", "log")]
+                  (train.TrainingState, "step", "average"), (log.Log, "write", "log")]
         try:
             with watch.on(places), watch.part("the rest"):
                 self.ours("cpo", steps)

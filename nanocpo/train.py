@@ -1,8 +1,6 @@
-"""The training loop that all stages share: optimiser, learning rate, averaged weights, log,
-checkpoints, resuming. What a step computes is the caller's (nanocpo/method.py)."""
-import json
+"""The training loop that all stages share: optimiser, learning rate, averaged weights, checkpoints,
+resuming. What a step computes is the caller's (nanocpo/method.py)."""
 import math
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,11 +8,9 @@ import torch
 from tqdm import tqdm
 
 from .utils import ranks
-from .utils.checkpoint import atomic_write, load_checkpoint, save_checkpoint, use_again
+from .utils.checkpoint import load_checkpoint, save_checkpoint, use_again
+from .utils.log import Log, shown
 from .utils.muon import Muon
-
-BINS = 10                       # timestep bins of the log: a loss averaged over t hides everything
-
 
 @dataclass
 class Recipe:
@@ -136,59 +132,3 @@ class TrainingState:
         self.optimizer.load_state_dict(state["optimizer"])
         self.generator.set_state(state["rng"])
         return state["step"]
-
-
-class Log:
-    """One JSON line every few steps: the means of each log over the samples since the last."""
-
-    def __init__(self, path, name, keep):
-        """keep: of a log that is there already, the lines up to this step stay."""
-        self.path, self.name, self.window = path, name, []
-        before = path.read_text() if keep and path.exists() else None
-        whole = [line for line in (before or "").splitlines() if line.endswith("}}")]   # not torn
-        lines = [line for line in whole if json.loads(line)["step"] <= keep]
-        text = "".join(line + "\n" for line in lines)
-        if text != before and ranks.first():      # and several may look at one finished run
-            with atomic_write(path) as temporary:
-                temporary.write_text(text)
-        self.line = json.loads(lines[-1]) if lines else {}
-        self.start = time.time() - self.line.get("seconds", 0)          # a resumed run counts on
-
-    def remember(self, t, logs):
-        """The logs of one batch: t (B,), {name: (B,)}."""
-        self.window.append((t, logs))
-
-    def write(self, step, lr, gradient_norm, timesteps):
-        """Append the line of this step, and begin the next window; returns the line."""
-        self.line = {"name": self.name, "step": step, "lr": lr, "gradient_norm": gradient_norm,
-                     "seconds": round(time.time() - self.start, 2)}
-        # on the CPU: what lies on one GPU is of no use to the process of another
-        window = [(t, {key: x.cpu() for key, x in logs.items()}) for t, logs in self.window]
-        self.line |= summarize(ranks.gathered(window), timesteps)
-        self.window = []
-        if ranks.first():
-            with open(self.path, "a") as file:
-                file.write(json.dumps(self.line) + "\n")
-        return self.line
-
-
-def summarize(window, steps):
-    """[(t, logs)] -> the mean of each log over the samples that count, and per timestep bin (None
-    where a bin is empty)."""
-    t = torch.cat([t for t, _ in window]).cpu()
-    logs = {key: torch.cat([logs[key] for _, logs in window]).float().cpu() for key in window[0][1]}
-    valid = logs.pop("valid", torch.ones(len(t))) > 0
-    bins = (t * BINS).div(steps, rounding_mode="floor")
-
-    def mean(value, mask):
-        return round(value[mask].mean().item(), 6) if mask.any() else None
-    per_t = {key: [mean(value, valid & (bins == i)) for i in range(BINS)]
-             for key, value in logs.items()}
-    return {key: mean(value, valid) for key, value in logs.items()} | {
-        "valid": round(valid.float().mean().item(), 4), "per_t": per_t}
-
-
-def shown(line):
-    """What the progress bar says of a log line."""
-    keys = ("loss", "margin", "accuracy", "winner", "loser")
-    return {key: f"{line[key]:.3f}" for key in keys if line.get(key) is not None}

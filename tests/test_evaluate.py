@@ -11,8 +11,10 @@ from toy_tiny import CRITERIA, DATA, settings_of, tiny_model
 
 import nanocpo.toy.report as module
 from nanocpo.run.settings import Report
-from nanocpo.toy.evaluate import (all_prompts, diversity, evaluate, frechet, measure_row,
-                                  real_positive, unfit)
+from nanocpo.toy.critic import judge
+from nanocpo.toy.evaluate import (all_prompts, diversity, evaluate, frechet, hue_gap, measure_row,
+                                  real_positive, roughness, seen, to_nearest, unfit)
+from nanocpo.toy.painter import CAPTIONS, HATCHING, HUES, LEAVES, paint
 from nanocpo.toy.paintings import from_painter
 from nanocpo.toy.report import code_digest, report, table
 from nanocpo.toy.world import Toy
@@ -61,6 +63,64 @@ def test_row_counts_what_the_painter_painted():
     assert measure_row(data.images, shifted, CRITERIA, real)["caption"] < 0.5
     text = table({"rows": {"data": row}, "real_positive": reference})
     assert f"{row['neg']:.2f}" in text and "real positive" in text
+
+
+def test_distance_to_the_nearest_all_positive_painting():
+    """0 for such a painting, whatever its hue; by hand for a grey picture; and of the caption that
+    was asked for."""
+    good = from_painter(CRITERIA, 40, "positive", seed=8)
+    flawed = from_painter(CRITERIA, 40, "flawed", seed=8)
+    assert to_nearest(good.images, good.captions).max() < 0.006
+    assert to_nearest(flawed.images, flawed.captions).min() > 0.03
+    others = [CAPTIONS[(CAPTIONS.index(c) + 1) % 4] for c in good.captions]
+    assert to_nearest(good.images, others).min() > 0.1
+    black = to_nearest(np.zeros((2, 32, 32, 3), np.uint8), ["a sun", "a tree"])
+    by_hand = [min(np.sqrt(np.mean((paint(caption, dict.fromkeys(LEAVES, 1), 0, hue) / 255) ** 2))
+                   for hue in np.linspace(*HUES, 97)) for caption in ("a sun", "a tree")]
+    assert black.tolist() == pytest.approx(by_hand) and abs(black[0] - black[1]) > 0.01
+
+
+def test_gap_of_hues():
+    """The painter's own hues, flawed or not, are uniform; one hue alone is as far as it lies from
+    an end; half of the range is 0.5."""
+    data = from_painter(CRITERIA, 400, "flawed", seed=9)
+    assert hue_gap(data.images) < 0.08                       # 0.068 is the 95 % bound of chance
+
+    def skies(hues):
+        return np.stack([paint("a boat", dict.fromkeys(LEAVES, 1), 0, hue) for hue in hues])
+    low, high = HUES
+    assert hue_gap(skies([low + 0.25 * (high - low)] * 5)) == pytest.approx(0.75, abs=0.02)
+    assert hue_gap(skies(np.linspace(low, (low + high) / 2, 50))) == pytest.approx(0.5, abs=0.02)
+    assert hue_gap(skies(np.linspace(low, high, 51))) < 0.04
+
+
+def test_roughness_hatching_and_clipping_by_hand():
+    y, x = np.mgrid[:32, :32]
+    board = np.repeat(np.where((x + y) % 2, 128, 102)[..., None], 3, 2).astype(np.uint8)
+    flat = np.full((32, 32, 3), 102, np.uint8)
+    assert roughness(np.stack([flat, board])).tolist() == pytest.approx([0, 26 / 255])
+    # a ramp is smooth; what a few pixels do is not seen
+    ramp = np.repeat((x * 4 + y)[..., None], 3, 2).astype(np.uint8)
+    flat[5, 5:9] = 0
+    assert roughness(np.stack([ramp, flat])).max() == 0
+    good = from_painter(CRITERIA, 8, "positive", seed=3)
+    wave = 1 + 0.06 * np.sin(2 * np.pi / HATCHING * (x + y))[..., None]
+    faint = np.clip(good.images * wave, 0, 255).astype(np.uint8)
+    assert (seen(good.images, good.captions)["hatched"], seen(faint, good.captions)["hatched"]
+            ) == (0, 1)
+    quarter = np.full((1, 32, 32, 3), 100, np.uint8)
+    quarter[:, :8], quarter[:, 8:12] = 255, 0
+    assert seen(quarter, ["a sun"])["clipped"] == pytest.approx(12 / 32)
+
+
+def test_doubtful_verdicts_are_those_near_a_threshold(monkeypatch):
+    data = from_painter(CRITERIA, 4, "positive", seed=3)
+    verdicts = judge(data.images, CRITERIA)
+    verdicts.scores[:] = 1.0
+    verdicts.scores[0, :3], verdicts.scores[1, 0] = (0.4, -0.4, 0.6), -0.6
+    monkeypatch.setattr("nanocpo.toy.evaluate.judge", lambda *arguments: verdicts)
+    row = measure_row(data.images, data.captions, CRITERIA, verdicts)
+    assert row["doubtful"] == pytest.approx(2 / (4 * len(CRITERIA)))
 
 
 def test_prompts_of_the_rows():

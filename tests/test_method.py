@@ -13,6 +13,7 @@ from nanocpo.data import Batch
 from nanocpo.losses import cpo_loss
 from nanocpo.method import (add_noise, attribute_prompts, caption_prompts, cpo_step, draw_t,
                             drop_caption, preference_prompts, sft_step)
+from nanocpo.run import baselines
 from nanocpo.run.baselines import painted
 from nanocpo.run.stages import alignment_step
 
@@ -233,14 +234,15 @@ def test_a_branch_is_learned_at_pictures_that_are_right_in_it(monkeypatch):
     columns = CRITERIA.columns(["Tone"])
     base, auxiliary, asked = tiny_model().frozen_copy(), tiny_model(seed=5).frozen_copy(), []
 
-    def sampled(prompts, steps, seed):
-        asked.append((prompts, steps, seed))
-        return torch.full((len(prompts), 3, 32, 32), 0.5)
+    def sampled(prompts, away, guidance, steps, seed):
+        asked.append((prompts, steps, seed) if guidance == 1
+                     else (prompts, away, guidance, steps, seed))
+        return torch.full((len(prompts), 3, 32, 32), 0.5 - len(asked) % 2)
     monkeypatch.setattr(auxiliary, "sample", sampled)
     train = DATA.split("train")
     new = painted(train, auxiliary, columns, 7, steps=3, seed=5)
     others = [i for i in range(len(CRITERIA)) if i not in columns]
-    assert len(new) == 7 and new.captions == train.captions[:7] and (new.images == 191).all()
+    assert len(new) == 7 and new.captions == train.captions[:7] and (new.images == 64).all()
     assert ((new.annotations[:, columns] == 1).all()
             and (new.annotations[:, others] == train.annotations[:7, others]).all())
     assert (train.annotations[:7, columns] < 0).any()             # the data themselves stay
@@ -254,10 +256,55 @@ def test_a_branch_is_learned_at_pictures_that_are_right_in_it(monkeypatch):
                 seen.append(batch.images) or add_noise(model, batch, *rest)))
             step(base, torch.Generator().manual_seed(0))
         return seen[0]
-    grey = lambda images: (images - 0.5).abs().max() < 0.01
+    grey = lambda images: (images.abs() - 0.5).abs().max() < 0.01
     flags = "--criteria", "Tone", "--paint", "7", "--sampling-steps", "3", "--seed", "5"
     assert grey(drawn(*flags)) and asked == [(prompts, 3, 5)] * 2         # as the flags say
-    assert not grey(drawn("--criteria", "Tone", "--paint", "0")) and not grey(drawn("--paint", "7"))
+    assert not grey(drawn("--criteria", "Tone", "--paint", "0")) and not grey(drawn())
+    assert grey(drawn("--paint", "7", "--method", "sft")) and grey(drawn("--paint", "7"))
+
+
+def test_the_teacher_s_pictures_guided_and_in_pairs(monkeypatch):
+    """--paint-guidance: away from the other side; for Diffusion-DPO as many bad ones, from the same
+    noise, and a pair is a good one and a bad one."""
+    base, auxiliary, asked = tiny_model().frozen_copy(), tiny_model(seed=5).frozen_copy(), []
+
+    def sampled(prompts, away, guidance, steps, seed):
+        asked.append((prompts, away, guidance, steps, seed))
+        return torch.full((len(prompts), 3, 32, 32), 1.5 - len(asked))
+    monkeypatch.setattr(auxiliary, "sample", sampled)
+    columns, train = CRITERIA.columns(["Tone"]), DATA.split("train")
+    pairs = painted(train, auxiliary, columns, 6, 3, seed=5, guidance=2.5, bad_too=True)
+    good, bad = ([CRITERIA.prompt(c, a) for c, a in zip(pairs.captions[part],
+                                                        pairs.annotations[part])]
+                 for part in (slice(6), slice(6, 12)))
+    assert asked == [(good, bad, 2.5, 3, 5), (bad, good, 2.5, 3, 5)]
+    assert (pairs.annotations[:6, columns] == 1).all() and pairs.captions == train.captions[:6] * 2
+    assert (pairs.annotations[6:, columns] == -1).all()
+    assert (pairs.images[:6] == 191).all() and (pairs.images[6:] == 64).all()
+    asked.clear()
+    one = painted(train, auxiliary, columns, 6, 3, seed=5, guidance=2.5)
+    assert asked == [(good, bad, 2.5, 3, 5)] and len(one) == 6
+
+    asked.clear()
+    step = alignment_step(settings_of("--method", "dpo", "--paint", "40", "--apart",
+                                      str(len(CRITERIA)), "--paint-guidance", "3"),
+                          train, base, auxiliary)
+    assert [x[2] for x in asked] == [3.0, 3.0]
+    seen = []
+    with monkeypatch.context() as patch:
+        patch.setattr(baselines, "add_noise", lambda model, batch, *rest: (
+            seen.append(batch.images) or add_noise(model, batch, *rest)))
+        step(base, torch.Generator().manual_seed(0))
+    assert (seen[0] > 0.4).all() and (seen[1] < -0.4).all()       # winners first
+
+
+def test_pairs_lie_as_far_apart_as_they_are_told():
+    pairs = baselines.Pairs(DATA, list(range(len(CRITERIA))), apart=3)
+    generator = torch.Generator().manual_seed(0)
+    picked = [pairs.pick(generator) for _ in range(50)]
+    assert min(pairs.badness[b] - pairs.badness[a] for a, b in picked) == 3
+    with pytest.raises(ValueError, match="differ in 13 negative attributes; lower --apart"):
+        baselines.Pairs(DATA, list(range(len(CRITERIA))), apart=13).pick(generator)
 
 
 # ---------------------------------------------------------------- what CPO is compared with

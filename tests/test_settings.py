@@ -74,7 +74,12 @@ def test_only_cpo_and_esd_on_a_branch_paint_and_only_they_record_how(monkeypatch
         "", "--paint 7", "--criteria Tone", "--criteria Tone --paint 7",
         "--criteria Tone --paint 0", "--criteria Tone --method esd",
         "--criteria Tone --method dpo", "--criteria Tone --method sft")}
-    assert list(paints.values()) == [0, 0, TOY.cpo.paint, 7, 0, TOY.cpo.paint, 0, 0]
+    assert list(paints.values()) == [0, 7, 1024, 7, 0, 1024, 0, 0]
+    # who paints asks the auxiliary, whatever the method
+    asks = [settings_of(*flags.split()).cpo.teaches
+            for flags in ("", "--method esd", "--method dpo", "--method sft",
+                          "--method sft --paint 7", "--method dpo --paint 7")]
+    assert asks == [True, True, False, False, True, True]
 
     made_of = {}
     monkeypatch.setattr(stages, "train", lambda *arguments, **named: made_of.update(arguments[6]))

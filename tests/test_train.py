@@ -25,7 +25,8 @@ from nanocpo.toy.evaluate import evaluate
 from nanocpo.toy.export import export
 from nanocpo.toy.paintings import from_painter
 from nanocpo.toy.world import Toy
-from nanocpo.train import Recipe, TrainingState, fit, summarize
+from nanocpo.train import Recipe, TrainingState, fit
+from nanocpo.utils.log import summarize
 from nanocpo.utils.checkpoint import is_finished, load_checkpoint, save_checkpoint
 from nanocpo.utils.muon import Muon
 

@@ -20,7 +20,7 @@ import torch
 from ..data import SPLITS, Batch, to_images
 from ..losses import sft_loss
 from ..method import add_noise
-from ..train import BINS, summarize
+from ..utils.log import BINS, summarize
 from ..utils.device import send
 from ..utils.report import interval, write_report
 

@@ -24,7 +24,7 @@ from ..run.settings import TEACHES, TOY, flat, record
 from ..run.stages import alignment_step, ready_auxiliary, stage_1, stage_2
 from ..toy import critic, evaluate, painter
 from ..toy.world import Toy
-from ..train import BINS, summarize
+from ..utils.log import BINS, summarize
 from ..utils.checkpoint import load_checkpoint, save_json, use_again
 from ..utils.grid import save_grid
 from ..utils.muon import Muon

@@ -19,7 +19,7 @@ import numpy as np
 
 from ..losses import RULES
 from ..run.flags import parse_training
-from ..train import BINS
+from ..utils.log import BINS
 from ..utils.cli import above
 from .lab import OPTIMIZERS, Lab, changed
 from .plots import bar_chart, line_chart, matrix_chart
