@@ -225,6 +225,28 @@ def test_guidance_equals_guide_of_two_predictions(batch):
     assert not torch.allclose(images, model.sample(prompts, steps=2), atol=1e-2)
 
 
+def test_knobs_add_the_difference_of_two_predictions_each():
+    """z_0 + sum of s_b (z_b+ - z_b-); beside guidance too. Scale 0 is no knob."""
+    model = make().eval()
+    prompts, negative = [A, B, A], [B, Prompt("a boat"), Prompt()]
+    axes = [(2.0, [A, A, B], [B, A, A]), (-0.5, [B, B, B], negative)]
+    calls = calls_of(model)
+    images = model.sample(prompts, negative, 3.0, steps=2, axes=axes)
+    noise = calls[0][:3]
+    assert len(calls[0]) == 3 * (2 + 4)
+
+    def by_hand(xt, t):
+        ask = lambda side: model(xt, t, side)
+        out = guide(ask(prompts), ask(negative), 3.0)
+        return out + sum(scale * (ask(good) - ask(bad)) for scale, good, bad in axes)
+    latents = model.diffusion.sample(by_hand, noise, 2, clip=model.latents.clip)
+    torch.testing.assert_close(images, model.latents.decode(latents), atol=1e-4, rtol=0)
+    alone = model.sample(prompts, steps=2)
+    torch.testing.assert_close(model.sample(prompts, steps=2, axes=[(0.0, [A, A, B], negative)]),
+                               alone, atol=1e-4, rtol=0)
+    assert not torch.allclose(model.sample(prompts, steps=2, axes=axes[:1]), alone, atol=1e-2)
+
+
 # ---- files
 
 def test_save_and_load_give_the_same_model(tmp_path):

@@ -13,7 +13,7 @@ from nanocpo.criteria import CriteriaError
 from nanocpo.losses import RULES
 from nanocpo.run import stages
 from nanocpo.run.flags import parse_training
-from nanocpo.run.settings import STABLE_DIFFUSION, TOY, flat, record
+from nanocpo.run.settings import QUICK, STABLE_DIFFUSION, TOY, flat, knobs, record
 from nanocpo.toy.paintings import from_painter
 from nanocpo.toy.world import Toy
 from nanocpo.utils import cli
@@ -44,6 +44,25 @@ def test_a_branch_is_pulled_more_gently_unless_told_otherwise():
     assert ([(cpo.strength, cpo.beta) for cpo in filled]
             == [(0.55, None), (0, 1), (0, 9), (0.9, 2)])
     assert {cpo.stabilizer for cpo in filled} == {"constant"}
+
+
+def test_quick_is_other_defaults_and_no_more(capsys):
+    quick = settings_of("--quick")
+    assert quick == QUICK.changed(batch=8, steps=4, sample_every=0, device=quick.common.device)
+    assert settings_of("--quick", "--base-steps", "7", "--out", "x").changed(out="y") == (
+        QUICK.changed(batch=8, steps=4, sample_every=0, device=quick.common.device, base_steps=7,
+                      out="y"))
+    assert settings_of().sft.base_steps > 3 * QUICK.sft.base_steps - 1
+    with pytest.raises(SystemExit):
+        settings_of("--quick", "--weights", "x")
+    assert "--quick is the toy's" in capsys.readouterr().err
+
+
+def test_knobs_of_the_branches():
+    assert knobs(["Color Relations=2", "a=b=-0.5"]) == [("Color Relations", 2.0), ("a=b", -0.5)]
+    for wrong in ("Level", "Level=", "Level=much"):
+        with pytest.raises(ValueError, match=f"--axis '{wrong}': write NAME=SCALE"):
+            knobs([wrong])
 
 
 def test_dpo_has_defaults_of_its_own():

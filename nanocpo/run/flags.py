@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from dataclasses import fields
 
 from ..utils import ranks
-from .settings import SAMPLING, STABLE_DIFFUSION, TOY, Weights
+from .settings import QUICK, SAMPLING, STABLE_DIFFUSION, TOY, Weights
 
 
 class _HelpAll(argparse.Action):
@@ -76,13 +76,20 @@ def parse_training(description, argv, names, check=None, extend=None):
     extend(parser): adds flags of one's own, check(Namespace): raises ValueError where they do not
     go together; with extend, (Settings, Namespace) is returned."""
     pick = lambda settings: [getattr(settings, name) for name in names]
-    parser, argv = _parser(description, argv, pick(TOY), pick(STABLE_DIFFUSION))
+    argv = sys.argv[1:] if argv is None else argv
+    toy = QUICK if "--quick" in argv else TOY
+    parser, argv = _parser(description, argv, pick(toy), pick(STABLE_DIFFUSION))
+    parser.add_argument("--quick", action="store_true",
+                        help="three minutes instead of ten, and weaker numbers: other defaults of "
+                        "--base-steps, --sft-steps, --steps, --samples and --out")
     if extend:
         extend(parser)
     args = parser.parse_args(argv)
-    settings = (STABLE_DIFFUSION if args.weights else TOY).changed(**vars(args))
+    settings = (STABLE_DIFFUSION if args.weights else toy).changed(**vars(args))
     with _told(parser):
         settings.check()
+        if args.quick and args.weights:
+            raise ValueError("--quick is the toy's; with --weights choose --sft-steps and --steps")
     settings = _for_processes(parser, settings)
     if check:
         with _told(parser):

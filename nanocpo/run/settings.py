@@ -237,6 +237,8 @@ def record(*parts):
 
 
 TOY = Settings()
+# --quick: the same story with weaker numbers, in three minutes on two CPU cores
+QUICK = TOY.changed(out="out_quick", base_steps=300, sft_steps=300, steps=75, samples=128)
 STABLE_DIFFUSION = TOY.changed(
     batch=1, accumulate=4, sft_steps=2000, sft_lr=1e-4, steps=500, lr=1e-4, sample_every=0,
     samples=16, sampling_steps=20, guidance=7.5, paint=0)

@@ -38,6 +38,12 @@ def _strengths(first, other, fourth):
             dict(lr=1.2e-3, strength=other), dict(lr=1.2e-3, strength=fourth)]
 
 
+def _pulls(first, other):
+    """Both strengths at both leans: that of CPO so far, and stage 1's."""
+    return [dict(lr=1.2e-3, strength=strength, lean=lean)
+            for lean in (0.4, 0.7) for strength in (first, other)]
+
+
 METHODS = {
     "SFT on the best": (dict(method="sft"),
                         [dict(lr=1.2e-3, best=0.1), dict(lr=2.4e-3, best=0.03),
@@ -46,18 +52,20 @@ METHODS = {
     "Diffusion-DPO on the teacher's pairs": (dict(method="dpo", paint=512), DPO),
     "SFT on the teacher's prompted pictures": (dict(method="sft"), IMITATE),
     "SFT on the teacher's guided pictures": (dict(method="sft", paint_guidance=2.0), IMITATE),
-    "guided target (ESD)": (dict(method="esd"), _strengths(0.55, 0.7, 0.3)),
+    "guided target (ESD)": (dict(method="esd"), _pulls(0.55, 0.3)),
+    "guided target (ESD) at the teacher's pictures": (dict(method="esd", paint=512),
+                                                      _pulls(0.3, 0.55)),
     "CPO none": (dict(stabilizer="none"), [dict(lr=1.2e-3), dict(lr=4e-4), dict(lr=1e-4)]),
     "CPO winner": (dict(stabilizer="winner"), [dict(lr=1.2e-3), dict(lr=2.4e-3), dict(lr=4.8e-3)]),
-    "CPO constant": (dict(stabilizer="constant"), _strengths(0.55, 0.7, 0.3)),
+    "CPO constant": (dict(stabilizer="constant"), _pulls(0.55, 0.3)),
     "CPO constant, own": (dict(stabilizer="constant", pairs="own"), _strengths(0.55, 0.7, 0.8)),
     "CPO constant, completed": (dict(stabilizer="constant", pairs="completed"),
                                 _strengths(0.55, 0.7, 0.8)),
     "CPO constant at the teacher's pictures": (dict(stabilizer="constant", paint=512),
-                                               _strengths(0.55, 0.3, 0.0)),
+                                               _pulls(0.3, 0.55)),
     "CPO safeguard": (dict(stabilizer="safeguard"), _strengths(0.2, 0.6, 0.4)[:3]),
     "CPO balance": (dict(stabilizer="balance"), _strengths(0.85, 0.6, 0.7)[:3]),
-    "CPO noisy": (dict(stabilizer="noisy"), _strengths(1.5, 1.0, 2.0)),
+    "CPO noisy": (dict(stabilizer="noisy"), _pulls(1.5, 1.0)),
 }
 SAMPLERS = {"base": ("base", "plain"), "auxiliary prompted": ("auxiliary", "prompted"),
             "auxiliary guided": ("auxiliary", "guided")}
