@@ -91,9 +91,11 @@ def ready(world, name, base, start, steps, lr, loss_step, made_of, exactly=False
     return model
 
 
-def stage_2(world, base, auxiliary, watch=None):
+def stage_2(world, base, auxiliary, watch=None, steady=False):
     """Align a target that starts as the base -> OUT/NAME.pt; returns (the target, frozen; the
-    last log line). watch(averaged model, step): called instead of painting grids."""
+    last log line). watch(averaged model, step): called instead of painting grids. steady: one
+    learning rate from the first step to the last and no averaging, so that a curve of steps shows
+    the rule and not the schedule."""
     settings, cpo = world.settings, world.settings.cpo.filled()
     made_of = {"base": base.digest()} | record(cpo)
     if cpo.teaches:
@@ -101,17 +103,18 @@ def stage_2(world, base, auxiliary, watch=None):
     if cpo.paint:
         made_of["sampling_steps"] = settings.report.sampling_steps
     step = alignment_step(settings, world.data.split("train"), base, auxiliary)
+    recipe = dict(muon=False) | (dict(warmup=1, plateau=0.999, ema=0.0) if steady else {})
     return train(world, cpo.name, world.trainable(base), cpo.steps, cpo.lr, step, made_of, watch,
-                 muon=False)
+                 **recipe)
 
 
-def train(world, name, model, steps, lr, loss_step, made_of, watch=None, muon=True):
-    """fit() as the settings say, with Muon or with AdamW alone; returns (the averaged model,
+def train(world, name, model, steps, lr, loss_step, made_of, watch=None, **recipe):
+    """fit() as the settings say; recipe: other fields of train.Recipe. Returns (the averaged model,
     frozen; the last log line)."""
     common = world.settings.common
     average, line = fit(
-        model, loss_step, Recipe(steps, lr, muon), world.path(name), name=name, seed=common.seed,
-        bf16=world.autocast, accumulate=common.accumulate, resume=common.resume,
+        model, loss_step, Recipe(steps, lr, **recipe), world.path(name), name=name,
+        seed=common.seed, bf16=world.autocast, accumulate=common.accumulate, resume=common.resume,
         save_every=common.save_every, sample_every=common.sample_every,
         pictures=watch or world.pictures(name), made_of=everything(world, steps, lr, made_of))
     return world.publish(average, name), line

@@ -170,11 +170,11 @@ def row_of(images, base, seed):
     return row | {"real_diversity": reference["diversity"]}
 
 
-def measured(lab, args, model, kind="plain"):
+def measured(lab, args, model, kind="plain", knobs=()):
     """(the report's row for a model, its pictures). They stay beside the run's file: all of them to
     be judged again, the first as a grid to be looked at."""
     images = evaluate.paint(model, kind, args.samples, args.seed, args.sampling_steps,
-                            args.guidance)
+                            args.guidance, knobs)
     stem = Path(args.out) / args.name
     np.savez_compressed(f"{stem}.npz", images=images)
     save_grid(f"{stem}.png", images[:16], columns=8, zoom=3)
@@ -213,15 +213,17 @@ def displacement(model, base, images, captions, seed=0):
 
 
 def sample_run(lab, args):
-    """A row without training: base or auxiliary, asked in one of evaluate's ways."""
+    """A row without training: base or auxiliary, asked in one of evaluate's ways, with the knob of
+    a branch turned."""
     model = lab.models["base"] if args.model == "base" else lab.taught(args)[1]
-    return {"row": measured(lab, args, model, args.prompt)[0], "seconds": 0, "images": 0,
+    knobs = [(args.branch, args.scale)] if "branch" in args else []
+    return {"row": measured(lab, args, model, args.prompt, knobs)[0], "seconds": 0, "images": 0,
             "teacher calls": 0}
 
 
-def align(lab, args, data, auxiliary, watch=None):
+def align(lab, args, data, auxiliary, watch=None, steady=False):
     """Stage 2 as these flags say, from the lab's base; see stages.stage_2."""
-    return stage_2(Toy(settings_of(args), data), lab.models["base"], auxiliary, watch)
+    return stage_2(Toy(settings_of(args), data), lab.models["base"], auxiliary, watch, steady)
 
 
 def align_run(lab, args):
@@ -241,8 +243,8 @@ def align_run(lab, args):
 
 
 def curve_run(lab, args):
-    """Stage 2, measured every args.every steps; never resumed, for the points before would
-    be lost."""
+    """Stage 2 at a constant rate, its raw weights measured every args.every steps; never resumed,
+    for the points before would be lost."""
     curve, start, spent = [], time.time(), 0.0
 
     def watch(average, step):
@@ -253,7 +255,7 @@ def curve_run(lab, args):
                      | {key: row[key] for key in ("neg", "caption", "diversity", "frechet")})
         spent += time.time() - now                                # measuring is not training
     align(lab, changed(args, sample_every=args.every, resume=False), lab.data,
-          lab.models["auxiliary"], watch)
+          lab.models["auxiliary"], watch, steady=True)
     (Path(args.out) / f"{args.name}.pt").unlink()
     return {"curve": curve}
 

@@ -72,14 +72,17 @@ SAMPLERS = {"base": ("base", "plain"), "auxiliary prompted": ("auxiliary", "prom
 SPEED = {rule: dict(stabilizer=rule, strength=RULES[rule].strength) for rule in RULES}
 # the rate at which vanilla does best (study methods)
 SPEED["none, slower"] = dict(stabilizer="none", lr=1e-4)
-# of decoupling: the target ends at z_win, or a little short of it (E12)
-DOSES = {"k 0": 0.0, "k -0.05": -0.05, "k -0.1": -0.1}
+# of decoupling: the target ends at z_win, or a little short of it (E12); or it leaves the reference
+# along the gap only (E21)
+DOSES = {f"k {k:g}": dict(stabilizer="constant", strength=k) for k in (0.0, -0.05, -0.1)}
+DOSES |= {f"noisy {s:g}": dict(stabilizer="noisy", strength=s) for s in (0.5, 1.0)}
 # of annotation: shares of leaves judged (90 % as painted), of verdicts wrong
 LEVELS = {"as painted": {}}
 LEVELS |= {f"{share} % judged": dict(judged=share / 100, wrong=0.0) for share in (75, 50, 25, 10)}
 LEVELS |= {f"{share} % wrong": dict(judged=0.9, wrong=share / 100) for share in (5, 10, 20)}
 COLUMNS, HEADER = ((("neg", 2), ("caption", 3), ("diversity", 3), ("frechet", 1)),
                    ("#A_neg", "caption", "diversity", "Fréchet"))
+KNOBS = (1.0, 2.0)
 SEEN = (("nearest", 3), ("hue_gap", 2), ("hatched", 2))
 GUIDANCE = (1.0, 1.5, 2.0, 3.0, 4.0)
 
@@ -347,10 +350,11 @@ def steps_to(curve, level, captions=None):
 
 
 def speed(lab):
-    """#A_neg against optimizer steps, rule by rule; steps to fixed levels, and how many times fewer
-    than vanilla's."""
+    """#A_neg against optimizer steps at a constant rate, rule by rule; steps to fixed levels, and
+    how many times fewer than vanilla's."""
+    lab = Lab(changed(lab.args, steps=lab.args.curve_steps))
     args, rows = lab.args, chosen_rows(lab.args, SPEED)
-    every = max(1, args.steps // 6)
+    every = max(1, args.steps // 12)
     runs = [(f"{slug(name)}_{seed}", "curve",
              flags | dict(seed=seed, every=every, samples=args.curve_samples))
             for name, flags in rows.items() for seed in args.seeds]
@@ -389,7 +393,8 @@ def speed(lab):
     stem = publish(args, {"curves": curves, "levels": levels},
                    f"Steps to a level of #A_neg (base {start['neg']:.2f}); in brackets, how many "
                    f"times fewer than the faster vanilla's. Learning rate {args.lr:g} where none "
-                   f"is named ({settings}); {args.curve_samples} pictures a point.",
+                   f"is named ({settings}), constant from the first step on; raw weights, measured "
+                   f"every {every} steps; {args.curve_samples} pictures a point.",
                    tables[0],
                    "The same, but a level counts only while the caption accuracy is at most 0.02 "
                    "below the base's:",
@@ -415,7 +420,7 @@ def decoupling(lab):
     def aligned(choices, seeds):
         """[(root, dose)] -> for each of them, the rows of the targets aligned so, one a seed."""
         found = iter(lab.run([(f"{slug(root)}_{slug(dose)}_{seed}", "align",
-                               dict(criteria=[root], strength=doses[dose], seed=seed))
+                               dict(criteria=[root], seed=seed) | doses[dose])
                               for root, dose in choices for seed in seeds]))
         return [[next(found)["row"] for _ in seeds] for _ in choices]
 
@@ -463,6 +468,37 @@ def decoupling(lab):
     matrix_chart(f"{stem}.png", means, roots, roots,
                  "Align one branch, measure all: #A_neg over the base's",
                  "row: aligned branch; column: measured branch")
+
+
+def axes(lab):
+    """The auxiliary with the knob of one branch turned (sample.py --axis), all branches measured:
+    the same question as `decoupling`, without training and at three calls a step."""
+    args, roots = lab.args, [root.name for root in lab.data.criteria.roots]
+    runs = [(f"plain_{seed}", dict(model="auxiliary", prompt="plain", seed=seed))
+            for seed in args.seeds]
+    runs += [(f"{slug(root)}_{scale}_{seed}", dict(model="auxiliary", prompt="plain", seed=seed,
+                                                   branch=root, scale=scale))
+             for root in roots for scale in KNOBS for seed in args.seeds]
+    rows = iter([result["row"] for result in lab.run([(key, "sample", flags)
+                                                      for key, flags in runs])])
+    plain = [next(rows) for _ in args.seeds]
+    turned = {(root, scale): [next(rows) for _ in args.seeds] for root in roots for scale in KNOBS}
+    relative = {key: [[row["by_root"][root] / max(before["by_root"][root], 0.01)
+                       for row, before in zip(found, plain)] for root in roots]
+                for key, found in turned.items()}
+    table = [[f"{root}, scale {scale:g}", *map(written, relative[root, scale]),
+              written([row["caption"] for row in turned[root, scale]], 3)]
+             for root in roots for scale in KNOBS]
+    stem = publish(args, {"relative": {f"{root} {scale:g}": values
+                                       for (root, scale), values in relative.items()},
+                          "plain": plain},
+                   "#A_neg of each root dimension over that of the auxiliary under the plain "
+                   "caption and the same noise; rows: the branch whose knob was turned.",
+                   markdown(["knob", *roots, "caption"], table))
+    means = [[over_seeds(values)[0] for values in relative[root, KNOBS[-1]]] for root in roots]
+    matrix_chart(f"{stem}.png", means, roots, roots,
+                 f"One knob at scale {KNOBS[-1]:g}, all branches measured: #A_neg over the plain's",
+                 "row: knob; column: measured branch")
 
 
 def annotation(lab):
@@ -570,8 +606,8 @@ stabilizer."""
     print(text)
 
 
-STUDIES = {f.__name__: f for f in (methods, pareto, speed, decoupling, annotation, gap, guidance,
-                                   world)}
+STUDIES = {f.__name__: f for f in (methods, pareto, speed, decoupling, axes, annotation, gap,
+                                   guidance, world)}
 
 
 def add_study_flags(parser):
@@ -593,8 +629,9 @@ def add_study_flags(parser):
                         "`decoupling` the mean over all")
     parser.add_argument("--search-samples", type=int, default=256,
                         help="pictures a row of the search")
-    parser.add_argument("--curve-samples", type=int, default=256,
+    parser.add_argument("--curve-samples", type=int, default=128,
                         help="pictures a point of the curves of `speed`")
+    parser.add_argument("--curve-steps", type=above(0), default=60, help="steps of these curves")
     parser.add_argument("--batches", type=int, default=8, help="batches that `gap` looks at")
     parser.add_argument("--step-size", type=float, default=3e-4,
                         help="relative length of the one step that `gap` takes")

@@ -25,6 +25,13 @@ def all_prompts(criteria, captions):
                  for sign in (0, 1, -1))
 
 
+def knob(criteria, captions, name, scale):
+    """An axis of Model.sample for one branch of the tree: (scale, a Prompt with the branch good for
+    each caption, one with it bad)."""
+    branch = np.isin(np.arange(len(criteria)), criteria.columns(name)).astype(np.int8)
+    return scale, *([criteria.prompt(c, sign * branch) for c in captions] for sign in (1, -1))
+
+
 def diversity(images, captions):
     """Mean over captions of the mean distance between two pictures of one caption (root mean square
     over pixels, in [0, 1])."""
@@ -150,14 +157,16 @@ def asked(model, samples):
     return [model.captions[i % len(model.captions)] for i in range(samples)]
 
 
-def paint(model, kind, samples=512, seed=0, steps=12, guidance=2.0):
+def paint(model, kind, samples=512, seed=0, steps=12, guidance=2.0, knobs=()):
     """A model's pictures uint8 (samples, H, W, 3) of the captions of `asked`. kind: "plain" (the
     caption only), "prompted" (every positive attribute in the prompt), "guided" (the same, guided
-    away from every negative one)."""
-    plain, positive, negative = all_prompts(model.criteria, asked(model, samples))
+    away from every negative one). knobs: (branch, scale) each."""
+    captions = asked(model, samples)
+    plain, positive, negative = all_prompts(model.criteria, captions)
     return to_images(model.sample(plain if kind == "plain" else positive,
                                   negative if kind == "guided" else None,
-                                  guidance if kind == "guided" else 1.0, steps, seed=seed))
+                                  guidance if kind == "guided" else 1.0, steps, seed=seed,
+                                  axes=[knob(model.criteria, captions, *one) for one in knobs]))
 
 
 def evaluate(models, samples=512, seed=0, steps=12, guidance=2.0):

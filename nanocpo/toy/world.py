@@ -16,7 +16,7 @@ from ..utils.checkpoint import CURE, is_finished, load_checkpoint, use_again
 from ..utils.device import pick_device
 from ..utils.grid import save_grid
 from .critic import judge, unmeasured
-from .evaluate import all_prompts, unfit
+from .evaluate import all_prompts, knob, unfit
 from .paintings import REGIMES, from_painter
 from .report import report
 
@@ -151,12 +151,8 @@ class ToyPainter:
     def axes(self, captions):
         """captions: N -> (scale, N Prompts good in the branch, N Prompts bad in it) for each
         --axis."""
-        criteria, found = self.model.criteria, []
-        for name, scale in knobs(self.sampling.axis):
-            branch = np.isin(np.arange(len(criteria)), criteria.columns(name)).astype(np.int8)
-            found.append((scale, *([criteria.prompt(c, sign * branch) for c in captions]
-                                   for sign in (1, -1))))
-        return found
+        return [knob(self.model.criteria, captions, name, scale)
+                for name, scale in knobs(self.sampling.axis)]
 
     def labels(self, images, captions):
         """What stands under each picture; with --judge the critic's verdict, and its means are
