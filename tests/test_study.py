@@ -34,7 +34,8 @@ def out(tmp_path_factory):
         torch.manual_seed(seed)
         model = Model(data.criteria, sorted(set(data.captions)), TINY, text_dim=16)
         torch.nn.init.normal_(model.unet.conv_out.weight, std=0.1)  # models that differ visibly
-        made_of = {"data": "flawed", "tree": model.criteria.to_dict()}
+        made_of = {"data": "flawed", "prediction": "flow", "seed": 0,
+                   "tree": model.criteria.to_dict()}
         if name == "auxiliary":
             made_of["base"] = load_model(folder / "base.pt").digest()
         save_checkpoint(folder / f"{name}.pt",
@@ -54,11 +55,17 @@ def run(out, name, *flags):
 
 
 def test_methods_searches_then_measures_and_is_never_repeated(out, monkeypatch, capsys):
-    flags = ["--seeds", "1", "2", "--only", "CPO constant", "Diffusion-DPO"]
+    flags = ["--seeds", "1", "2", "--only", "CPO constant", "Diffusion-DPO", "--top", "1",
+             "--more-seeds", "4"]
     summary, text = run(out, "methods", *flags)
     assert list(summary["rows"]) == ["base", "auxiliary prompted", "auxiliary guided",
                                      "Diffusion-DPO", "CPO constant"]
-    assert all(len(results) == 2 for results in summary["rows"].values())
+    # the best row has one seed more
+    mean = {name: np.mean([x["row"]["neg"] for x in summary["rows"][name][:2]])
+            for name in ("Diffusion-DPO", "CPO constant")}
+    best = min(mean, key=mean.get)
+    assert {name: len(results) for name, results in summary["rows"].items()} == {
+        name: 3 if name == best else 2 for name in summary["rows"]}
     dpo, cpo = summary["rows"]["Diffusion-DPO"][0], summary["rows"]["CPO constant"][0]
     assert (dpo["images"] == cpo["images"] == 8 and dpo["made_of"]["batch"] == 2
             and dpo["made_of"]["seed"] == 1)
@@ -66,14 +73,17 @@ def test_methods_searches_then_measures_and_is_never_repeated(out, monkeypatch, 
     searched = [json.loads(path.read_text())["made_of"]
                 for path in (out / "study" / "methods").glob("search_*.json")]
     # what is chosen on is not what is reported
-    assert len(searched) == 9 and {s["seed"] for s in searched} == {101}
+    assert len(searched) == 12 and {s["seed"] for s in searched} == {101}
     assert [s["batch"] for s in searched
-            if s["kind"] == "align" and s["method"] == "dpo"] == [2] * 4
+            if s["kind"] == "align" and s["method"] == "dpo"] == [2] * 7
     assert chosen in study.METHODS["CPO constant"][1] and cpo["made_of"]["lr"] == chosen["lr"]
     assert ("| CPO constant |" in text and " ± " in text and "setting 4" in text
-            and '--only "CPO constant" "Diffusion-DPO" --seeds 1 2`;' in text)
+            and '--only "CPO constant" "Diffusion-DPO" --seeds 1 2 --more-seeds 4 --top 1`;'
+            in text)
+    assert (cpo["teacher calls"], dpo["teacher calls"]) == (16, 0)
+    assert cpo["displacement"] > 0 and len(cpo["displacement per t"]) == 10
     assert (not list((out / "study" / "methods").glob("*.pt"))
-            and list((out / "study" / "methods").glob("CPO_constant_1.png")))
+            and list((out / "study" / "methods").glob("CPO_constant_[0-3]_1.png")))
     monkeypatch.setitem(lab.KINDS, "align",
                         lambda lab, args: pytest.fail("a finished run was repeated"))
     monkeypatch.setitem(lab.KINDS, "sample",
@@ -84,6 +94,62 @@ def test_methods_searches_then_measures_and_is_never_repeated(out, monkeypatch, 
         run(out, "methods", *flags, "--steps", "3")
     with pytest.raises(ValueError, match="CPO magic.*CPO none"):
         run(out, "methods", "--only", "CPO magic")
+
+
+def test_pareto_is_made_of_the_runs_of_methods(out, monkeypatch):
+    """None of its own: a point for every setting that was searched, sorted by displacement."""
+    monkeypatch.setitem(lab.KINDS, "align",
+                        lambda lab, args: pytest.fail("a finished run was repeated"))
+    summary, text = run(out, "pareto", "--only", "CPO constant", "Diffusion-DPO")
+    assert {name: len(points) for name, points in summary["points"].items()} == {
+        "Diffusion-DPO": 7, "CPO constant": 4}
+    for points in summary["points"].values():
+        assert [p[0] for p in points] == sorted(p[0] for p in points)
+    assert text.count("| CPO constant |") == 4
+
+
+def test_pictures_are_judged_again_when_the_critic_has_changed(out, monkeypatch):
+    flags = ["--seeds", "1", "--only", "CPO winner", "--top", "1", "--more-seeds", "2"]
+    before, _ = run(out, "methods", *flags)
+    monkeypatch.setattr(lab, "judge_digest", lambda: "another critic")
+    measure, seen = lab.evaluate.measure_row, []
+
+    def other(images, captions, *rest):
+        seen.append((len(images), captions[:4]))
+        row = measure(images, captions, *rest)
+        return row | {"neg": row["neg"] + 100}
+    monkeypatch.setattr(lab.evaluate, "measure_row", other)
+    monkeypatch.setitem(lab.KINDS, "align",
+                        lambda lab, args: pytest.fail("a finished run was repeated"))
+    after, _ = run(out, "methods", *flags)
+    assert all(x["row"]["neg"] > 100 for found in after["rows"].values() for x in found)
+    asked = (8, load_model(out / "base.pt").captions)    # beside them real paintings are measured
+    assert seen.count(asked) == 1 + 3 + 3 * 1 + 2        # the search, the samplers, both seeds
+    once = len(seen)
+    run(out, "methods", *flags)                                   # and then they are kept
+    assert len(seen) == once
+    a, b = (summary["rows"]["CPO winner"][0]["row"] for summary in (before, after))
+    assert {name: a[name] for name in ("caption", "nearest")} == pytest.approx(
+        {name: b[name] for name in ("caption", "nearest")})
+    assert a["neg"] + 100 == pytest.approx(b["neg"])
+
+
+def test_seeds_take_the_folders_of_bases_in_turn(monkeypatch):
+    """--bases: seed s trains and paints with folder s modulo their number, so that rows can be
+    compared seed by seed."""
+    class Room:
+        def __init__(self, name):
+            self.name = name
+
+        def run(self, runs):
+            return [(self.name, key) for key, _, _ in runs]
+
+        def rooms(self):
+            return [Room("a"), Room("b")]
+    found = study.spread_over(Room("out"), [3, 4, 1], lambda seed: [
+        (f"x_{seed}", "align", {}), (f"y_{seed}", "align", {})])
+    assert found == [[("b", "x_3"), ("b", "y_3")], [("a", "x_4"), ("a", "y_4")],
+                     [("b", "x_1"), ("b", "y_1")]]
 
 
 def test_run_that_stopped_goes_on(out, monkeypatch):
@@ -145,7 +211,10 @@ def test_a_run_of_degraded_annotations_has_data_and_auxiliary_of_its_own(tmp_pat
     monkeypatch.setattr(lab, "ready_auxiliary",
                         lambda world, base, exactly: f"taught by {share(world.data):.2f}")
     monkeypatch.setattr(lab, "align", align)
-    monkeypatch.setattr(lab, "measured", lambda lab, args, model, kind="plain": model)
+    monkeypatch.setattr(lab, "measured",
+                        lambda lab, args, model, kind="plain", knobs=(): (model, []))
+    monkeypatch.setattr(lab, "displacement", lambda *arguments: (0.5, []))
+    monkeypatch.setattr(lab.evaluate, "asked", lambda *arguments: [])
     assert lab.align_run(room, degraded)["row"] == "0.25, taught by 0.25"
     assert lab.align_run(room, args)["row"] == "0.90, the folder's"
     assert lab.sample_run(room, degraded)["row"] == "taught by 0.25"
@@ -165,8 +234,13 @@ def test_an_error_of_a_command_is_one_line(tmp_path):
 
 
 def test_speed_decoupling_and_guidance(out, monkeypatch):
-    summary, text = run(out, "speed", "--seeds", "1", "--only", "none", "none, slower", "constant")
+    summary, text = run(out, "speed", "--seeds", "1", "--only", "none", "none, slower", "constant",
+                        "--curve-steps", "2")
     assert [p["step"] for p in summary["curves"]["none"][0]] == [0, 1, 2] and "| constant |" in text
+    monkeypatch.setattr(study, "KNOBS", (1.0,))
+    summary, text = run(out, "axes", "--seeds", "1")
+    assert list(summary["relative"]) == [f"{root} 1" for root in summary["plain"][0]["by_root"]]
+    assert "| Finish, scale 1 |" in text
     summary, text = run(out, "decoupling", "--seeds", "1", "--only", "k 0", "--paint", "4",
                         "--validation", "101")
     assert (list(summary["relative"]) == summary["roots"]
@@ -199,7 +273,8 @@ def test_decoupling_chooses_each_branch_dose_on_all_validation_seeds(out, monkey
         return [{"row": {"by_root": row(flags), "caption": 0.9}} for _, _, flags in runs]
     roots = [root.name for root in from_painter(count=1).criteria.roots]
     monkeypatch.setattr(study.Lab, "run", made_up)
-    summary, text = run(out, "decoupling", "--seeds", "4", "5")
+    summary, text = run(out, "decoupling", "--seeds", "4", "5", "--only", "k 0", "k -0.05",
+                        "k -0.1")
     assert summary["chosen"] == dict.fromkeys(roots, "k -0.1") | {"Finish": "k -0.05"}
     assert (summary["scores"]["Composition"]
             == pytest.approx({"k 0": 1.5, "k -0.05": 1.3, "k -0.1": 0.6}))
@@ -236,40 +311,80 @@ def test_gap_keeps_the_guarantees_on_free_outputs(out, monkeypatch):
                 assert effect["loser fell"] == 0, effect
     assert any(e["winner rose"] or e["loser fell"] for e in summary["effects"]
                if e["optimizer"] == "Adam"), summary["effects"]
-    assert len(summary["effects"]) == 6 * 2 * 2
+    assert len(summary["effects"]) == 7 * 2 * 2
 
 
-def test_a_row_is_measured_with_the_run_s_own_settings(monkeypatch):
+def test_a_row_is_measured_with_the_run_s_own_settings(monkeypatch, tmp_path):
     seen = []
-    monkeypatch.setattr(lab, "save_grid", lambda *arguments, **settings: None)
-    monkeypatch.setattr(lab, "evaluate", lambda models, *rest: seen.append((models, *rest)) or (
-        {"rows": {"row": {"neg": 1}}, "real_positive": {"diversity": 0}},
-        {"row": np.zeros((1, 32, 32, 3))}))
-    args = Namespace(samples=8, seed=5, sampling_steps=3, guidance=4.0, out="o", name="n")
-    assert lab.measured(None, args, "model", "guided") == {"neg": 1, "real_diversity": 0}
-    assert seen == [({"row": ("model", "guided")}, 8, 5, 3, 4.0)]
+    monkeypatch.setattr(lab.evaluate, "paint", lambda *arguments: seen.append(arguments)
+                        or np.full((3, 32, 32, 3), 7, np.uint8))
+    monkeypatch.setattr(lab, "row_of", lambda images, base, seed: (len(images), base, seed))
+    args = Namespace(samples=8, seed=5, sampling_steps=3, guidance=4.0, out=tmp_path, name="n",
+                     model="auxiliary", prompt="plain", branch="Finish", scale=2.0)
+    room = Namespace(models={"base": "the base"}, taught=lambda args: (None, "the auxiliary"))
+    row, images = lab.measured(room, args, "model", "guided")
+    assert row == (3, "the base", 5) and seen == [("model", "guided", 8, 5, 3, 4.0, ())]
+    assert np.array_equal(np.load(tmp_path / "n.npz")["images"], images)
+    assert (tmp_path / "n.png").exists()
+    lab.sample_run(room, args)
+    assert seen[1] == ("the auxiliary", "plain", 8, 5, 3, 4.0, [("Finish", 2.0)])
+
+
+def test_displacement_by_hand():
+    """The mean over timesteps of |eps - eps_ref|^2: of flow matching's predictions, which differ by
+    a constant c, (c (1 - sigma))^2; and 0 for the base itself."""
+    base = load_tiny()
+    other = load_tiny()
+    with torch.no_grad():
+        other.unet.conv_out.bias += 0.5
+    images = from_painter(count=40, seed=2).images
+    captions = ["a boat"] * 40
+    assert lab.displacement(base, base, images, captions) == (0.0, [0.0] * 10)
+    mean, per_t = lab.displacement(other, base, images, captions)
+    sigma = (torch.arange(40) + 0.5) * 1000 // 40 / 1000 + 0.001
+    assert mean == pytest.approx(float((0.25 * (1 - sigma) ** 2).mean()), rel=1e-4)
+    assert per_t[0] > per_t[5] > per_t[9] and np.mean(per_t) == pytest.approx(mean, rel=1e-3)
+
+
+def load_tiny():
+    torch.manual_seed(0)
+    data = from_painter(count=4)
+    return Model(data.criteria, ["a boat"], TINY, text_dim=16).frozen_copy()
+
+
+@pytest.mark.parametrize("flags, calls", [
+    (dict(), 2 * 10 * 4 * 2), (dict(method="esd"), 2 * 10 * 4 * 2), (dict(method="sft"), 0),
+    (dict(method="dpo"), 0), (dict(method="sft", paint=7), 7 * 3),
+    (dict(method="sft", paint=7, paint_guidance=2.0), 7 * 3 * 2),
+    (dict(method="dpo", paint=7), 7 * 3 * 2), (dict(paint=7), 7 * 3 + 2 * 10 * 4 * 2),
+    (dict(method="dpo", paint=7, paint_guidance=3.0), 7 * 3 * 4)])
+def test_calls_of_the_teacher(flags, calls):
+    args = Namespace(**dict(steps=10, batch=4, accumulate=2, sampling_steps=3) | flags)
+    assert lab.teacher_calls(args) == calls
 
 
 def test_a_curve_is_never_resumed_and_a_run_counts_its_log_s_seconds(tmp_path, monkeypatch):
     args, seen = (Namespace(out=str(tmp_path), name="x", every=2, method="cpo", steps=4, batch=3,
                             accumulate=2, resume=True), [])
 
-    def align(lab, args, data, auxiliary, watch=None):
-        seen.append((args.resume, getattr(args, "sample_every", None)))
+    def align(lab, args, data, auxiliary, watch=None, steady=False):
+        seen.append((args.resume, getattr(args, "sample_every", None), steady))
         (tmp_path / "x.pt").write_text("")
         if watch:
             watch("average", 2)
         return "target", {"seconds": 70.5}
     monkeypatch.setattr(lab, "align", align)
-    monkeypatch.setattr(lab, "measured", lambda lab, args, model: dict.fromkeys(
-        ("neg", "caption", "diversity", "frechet"), model))
+    monkeypatch.setattr(lab, "measured", lambda lab, args, model: (dict.fromkeys(
+        ("neg", "caption", "diversity", "frechet"), model), []))
+    monkeypatch.setattr(lab, "displacement", lambda *arguments: (0.5, []))
+    monkeypatch.setattr(lab.evaluate, "asked", lambda *arguments: [])
     room = lab.Lab(args)
     room.world, room.models = Namespace(data=None), {"base": None, "auxiliary": None}
     (point,) = lab.curve_run(room, args)["curve"]
     result = lab.align_run(room, args)
     assert (point["step"] == 2 and point["neg"] == "average"
             and (result["seconds"], result["images"]) == (70.5, 4 * 3 * 2))
-    assert seen == [(False, 2), (True, None)] and not (tmp_path / "x.pt").exists()
+    assert seen == [(False, 2, True), (True, None, False)] and not (tmp_path / "x.pt").exists()
 
 
 def test_results_of_other_data_or_models_are_no_results(out, tmp_path, monkeypatch):
@@ -278,7 +393,7 @@ def test_results_of_other_data_or_models_are_no_results(out, tmp_path, monkeypat
     monkeypatch.setitem(lab.KINDS, "sample", lambda lab, args: {"row": 1})
 
     def room(data=from_painter(count=3), auxiliary="auxiliary"):
-        made = lab.Lab(Namespace(study="x", out=str(tmp_path), jobs=1))
+        made = lab.Lab(Namespace(study="x", out=str(tmp_path), jobs=1, seed=0))
         made.world, made.models = Namespace(data=data), {
             name: load_model(out / f"{file}.pt")
             for name, file in (("base", "base"), ("auxiliary", auxiliary))}
@@ -338,6 +453,78 @@ def test_choice_of_a_setting():
     results = [{"row": {"neg": n, "caption": c}} for n, c in ((3.0, 0.95), (2.0, 0.93), (1.0, 0.6))]
     assert (study.choose(results, 0.95) == 1 and study.choose(results, 0.5) == 2
             and study.choose(results, 0.99) == 0)
+
+
+def fake(neg, **more):
+    row = dict(neg=neg, caption=0.9, diversity=0.1, frechet=3.0, nearest=0.2, hue_gap=0.1,
+               hatched=0.5)
+    return {"row": row, "seconds": 10, "images": 100, "teacher calls": 7} | more
+
+
+def test_the_table_of_methods_by_hand():
+    text = study.methods_table({"base": [fake(6.0), fake(7.0)],
+                                "CPO constant": [fake(1.0, displacement=0.02),
+                                                 fake(2.0, displacement=0.04)]},
+                               {"CPO constant": dict(lr=0.1, strength=0.3)})
+    header, _, base, cpo = [[cell.strip() for cell in line.split("|")[1:-1]]
+                            for line in text.splitlines()]
+    assert dict(zip(header, base)) | {"#A_neg": ""} == {
+        "row": "base", "#A_neg": "", "caption": "0.900 ± 0.000", "diversity": "0.100 ± 0.000",
+        "Fréchet": "3.0 ± 0.0", "nearest": "0.200 ± 0.000", "hue gap": "0.10 ± 0.00",
+        "hatched": "0.50 ± 0.00", "displacement": "", "teacher calls": "7",
+        "pictures seen": "100", "seconds": "10", "chosen": ""}
+    # half of 1, over sqrt(2) twice, times 12.71
+    assert (base[1], cpo[1]) == ("6.50 ± 6.36", "1.50 ± 6.36")
+    assert cpo[header.index("displacement")] == "0.0300 ± 0.1271"
+    assert cpo[-1] == "lr 0.1, strength 0.3"
+
+
+def test_pairs_of_rows_by_hand():
+    text = study.pairs_table({"a": [1.0, 2.0], "b": [3.0, 6.0]})
+    assert text.splitlines()[2:] == ["| a |  | -3.00 ± 12.71 |", "| b | 3.00 ± 12.71 |  |"]
+
+
+def test_places_along_the_gap_by_hand():
+    def log(place, missing=None):
+        per_t = {"place": [place + i for i in range(10)], "across": [0.5] * 10}
+        if missing is not None:
+            per_t["place"][missing] = per_t["across"][missing] = None
+        return {"log": {"place": place, "place_ref": 0.25, "across": 0.125, "per_t": per_t}}
+    text = study.places_table({"SFT on the best": [fake(1.0, log={"loss": 1})],
+                               "CPO noisy": [log(1.0), log(2.0, missing=3)]},
+                              {"CPO noisy": dict(strength=1.5)})
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()[2:]]
+    assert len(rows) == 1 and rows[0][:3] == ["CPO noisy", "0.25", "1.75"]
+    assert rows[0][3].startswith("1.50 ±") and rows[0][4] == "1.50 (0.50)"
+    assert rows[0][7] == "4.00 (0.50)" and rows[0][-1].startswith("0.12 ±")
+
+
+@pytest.mark.parametrize("name, strength, place", [
+    ("CPO none", 1.0, "no end"), ("CPO winner", 0.0, "1"), ("CPO constant", 0.5, "2.00"),
+    ("CPO constant, own", 0.75, "4.00"), ("CPO safeguard", 0.2, "1"), ("CPO balance", 0.85, "1"),
+    ("CPO noisy", 1.5, "1.80")])
+def test_where_free_outputs_end(name, strength, place):
+    """E12 to E15 and E21, in gaps from the loser; the reference stands at 0.3."""
+    assert study.place_at_rest(name, dict(strength=strength), 0.3) == place
+
+
+def test_the_table_of_the_search_by_hand():
+    text = study.search_table({"a": [fake(1.0), fake(2.0)], "b": [fake(3.0)]},
+                              {"a": ({}, [dict(lr=1), dict(lr=2)]), "b": ({}, [dict(best=0.5)])})
+    assert text.splitlines()[2:] == ["| a | 1.00 / 0.900 (lr 1) | 2.00 / 0.900 (lr 2) |",
+                                     "| b | 3.00 / 0.900 (best 0.5) |  |"]
+
+
+def test_every_row_of_methods_is_another_run_with_settings_of_its_own():
+    """No two rows or settings are the same command, and the batch of a pair is half."""
+    room = lab.Lab(Namespace(batch=32))
+    flags = [json.dumps(study.flags_of(room, name, setting), sort_keys=True)
+             for name, (_, settings) in study.METHODS.items() for setting in settings]
+    assert len(set(flags)) == len(flags) > 50
+    batches = {name: study.flags_of(room, name, {}).get("batch") for name in study.METHODS}
+    assert {name for name, batch in batches.items() if batch == 16} == {
+        "Diffusion-DPO", "Diffusion-DPO on the teacher's pairs"}
+    assert set(batches.values()) == {16, None}
 
 
 def test_steps_to_a_level_by_hand():

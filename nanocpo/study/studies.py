@@ -129,9 +129,11 @@ def publish(args, summary, *parts):
     (folder / f"{stem}.json").write_text(
         json.dumps(summary, indent=1, ensure_ascii=False), encoding="utf-8")
     some = " --only " + " ".join(f'"{name}"' for name in args.only) if args.only else ""
-    for flag, usual in (("seeds", [1, 2, 3]), ("validation", [101, 102])):
-        some += (f" --{flag} {' '.join(map(str, vars(args)[flag]))}"
-                 if vars(args)[flag] != usual else "")
+    for flag, usual in (("seeds", [1, 2, 3]), ("validation", [101, 102]), ("more_seeds", [4, 5]),
+                        ("top", [5])):
+        values = np.atleast_1d(vars(args)[flag]).tolist()
+        some += (f" --{flag.replace('_', '-')} {' '.join(map(str, values))}"
+                 if values != usual else "")
     how = (f"`python -m nanocpo.study {args.study} --data {args.data}{some}`; "
            f"{args.steps} steps of {args.batch} pictures, {args.samples} pictures a row, "
            f"{args.sampling_steps} sampling steps, seeds {', '.join(map(str, args.seeds))} "
@@ -215,7 +217,8 @@ def methods(lab):
             return [(f"{slug(name)}_{seed}", "sample",
                      dict(model=SAMPLERS[name][0], prompt=SAMPLERS[name][1], seed=seed))
                     if name in SAMPLERS else
-                    (f"{slug(name)}_{seed}", "align",
+                    # the setting is part of the name: another choice is another run
+                    (f"{slug(name)}_{rows[name][1].index(chosen[name])}_{seed}", "align",
                      flags_of(lab, name, chosen[name]) | {"seed": seed}) for name in names]
         return dict(zip(names, zip(*spread_over(lab, seeds, runs))))
     results = measured([*SAMPLERS, *rows], args.seeds)
