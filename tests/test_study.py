@@ -152,6 +152,13 @@ def test_seeds_take_the_folders_of_bases_in_turn(monkeypatch):
                      [("b", "x_1"), ("b", "y_1")]]
 
 
+def test_places(out, monkeypatch):
+    summary, text = run(out, "places", "--seeds", "1", "--only", "winner",
+                        "winner, 4 times the steps")
+    steps = {name: rows[0]["log"]["step"] for name, rows in summary["rows"].items()}
+    assert steps == {"winner": 2, "winner, 4 times the steps": 8} and text.count("| winner") == 2
+
+
 def test_run_that_stopped_goes_on(out, monkeypatch):
     """A killed study keeps its finished runs, and no half a file."""
     flags, calls, make = (
@@ -492,20 +499,22 @@ def test_places_along_the_gap_by_hand():
         return {"log": {"place": place, "place_ref": 0.25, "across": 0.125, "per_t": per_t}}
     text = study.places_table({"SFT on the best": [fake(1.0, log={"loss": 1})],
                                "CPO noisy": [log(1.0), log(2.0, missing=3)]},
-                              {"CPO noisy": dict(strength=1.5)})
+                              {"CPO noisy": dict(stabilizer="noisy", strength=1.5)})
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()[2:]]
     assert len(rows) == 1 and rows[0][:3] == ["CPO noisy", "0.25", "1.75"]
     assert rows[0][3].startswith("1.50 ±") and rows[0][4] == "1.50 (0.50)"
     assert rows[0][7] == "4.00 (0.50)" and rows[0][-1].startswith("0.12 ±")
 
 
-@pytest.mark.parametrize("name, strength, place", [
-    ("CPO none", 1.0, "no end"), ("CPO winner", 0.0, "1"), ("CPO constant", 0.5, "2.00"),
-    ("CPO constant, own", 0.75, "4.00"), ("CPO safeguard", 0.2, "1"), ("CPO balance", 0.85, "1"),
-    ("CPO noisy", 1.5, "1.80")])
-def test_where_free_outputs_end(name, strength, place):
+@pytest.mark.parametrize("flags, place", [
+    (dict(stabilizer="none"), "no end"), (dict(stabilizer="winner"), "1"),
+    (dict(stabilizer="constant", strength=0.5), "2.00"), (dict(stabilizer="constant"), "2.22"),
+    (dict(stabilizer="constant", strength=0.75, pairs="own"), "4.00"),
+    (dict(stabilizer="safeguard", strength=0.2), "1"), (dict(stabilizer="balance"), "1"),
+    (dict(stabilizer="noisy", strength=1.5), "1.80")])
+def test_where_free_outputs_end(flags, place):
     """E12 to E15 and E21, in gaps from the loser; the reference stands at 0.3."""
-    assert study.place_at_rest(name, dict(strength=strength), 0.3) == place
+    assert study.place_at_rest(flags, 0.3) == place
 
 
 def test_the_table_of_the_search_by_hand():

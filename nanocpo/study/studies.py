@@ -84,6 +84,14 @@ COLUMNS, HEADER = ((("neg", 2), ("caption", 3), ("diversity", 3), ("frechet", 1)
                    ("#A_neg", "caption", "diversity", "Fréchet"))
 KNOBS = (1.0, 2.0)
 SEEN = (("nearest", 3), ("hue_gap", 2), ("hatched", 2))
+# of places: how many times longer, and the flags
+CONSTANT = dict(stabilizer="constant", strength=0.55)
+PLACES = {"winner": (1, dict(stabilizer="winner")), "winner, 4 times the steps":
+          (4, dict(stabilizer="winner")), "balance": (1, dict(stabilizer="balance")),
+          "constant": (1, CONSTANT), "constant, 4 times the steps": (4, CONSTANT),
+          "constant, no brake": (1, CONSTANT | dict(beta=1.0)),
+          "constant, no brake, 4 times the steps": (4, CONSTANT | dict(beta=1.0)),
+          "constant, nothing unseen": (1, CONSTANT | dict(pairs="all"))}
 GUIDANCE = (1.0, 1.5, 2.0, 3.0, 4.0)
 
 
@@ -241,7 +249,7 @@ def methods(lab):
         "Where the target stands along the gap in training (0: z_l, 1: z_w) at the end of the run, "
         "per timestep, and its displacement at right angles to the gap, in gaps; beside it where "
         "free outputs would end:",
-        places_table(results, chosen),
+        places_table(results, {name: rows[name][0] | chosen[name] for name in rows}),
         f"The search (seed {args.validation[0]}, {args.search_samples} pictures; #A_neg / caption "
         f"accuracy; base caption {base['caption']:.3f}). "
         + " ".join(choose.__doc__.split("Returns")[0].split()),
@@ -273,18 +281,19 @@ def pairs_table(values):
                            for b in values)] for a in values])
 
 
-def place_at_rest(name, setting, place_ref):
-    """Where free outputs end along the gap under a row's rule (docs/derivation.md, section 7), as
+def place_at_rest(flags, place_ref):
+    """Where free outputs end along the gap under a row's flags (docs/derivation.md, section 7), as
     text."""
-    rule, strength = METHODS[name][0].get("stabilizer"), setting.get("strength", 0.0)
+    rule = flags["stabilizer"]
+    strength = flags.get("strength", RULES[rule].strength)
     return {"none": "no end", "winner": "1", "safeguard": "1", "balance": "1", "clamped": "about 1",
             "constant": f"{1 / (1 - strength):.2f}" if strength < 1 else "no end",
             "noisy": f"{place_ref + strength:.2f}"}[rule]
 
 
-def places_table(results, chosen):
-    """Where the targets of the rows that log it stand along the gap, and beside it, in
-    Markdown."""
+def places_table(results, flags):
+    """{row: [result of each seed]}, {row: its flags} -> where the targets of the rows that log it
+    stand along the gap, and beside it, in Markdown."""
     lines = []
     for name, found in results.items():
         logs = [result["log"] for result in found if "place" in result.get("log", {})]
@@ -293,7 +302,7 @@ def places_table(results, chosen):
         bins = [[[log["per_t"][key][i] for key in ("place", "across")] for log in logs
                  if log["per_t"]["place"][i] is not None] for i in range(BINS)]
         ref = float(np.mean([log["place_ref"] for log in logs]))
-        lines.append([name, f"{ref:.2f}", place_at_rest(name, chosen[name], ref),
+        lines.append([name, f"{ref:.2f}", place_at_rest(flags[name], ref),
                       written([log["place"] for log in logs]),
                       *("{:.2f} ({:.2f})".format(*np.mean(x, 0)) if x else "" for x in bins),
                       written([log["across"] for log in logs])])
@@ -473,6 +482,31 @@ def decoupling(lab):
                  "row: aligned branch; column: measured branch")
 
 
+def places(lab):
+    """Why trained targets do not stand where free outputs would end: the same rule with more steps,
+    without the sigmoid's brake (a small beta), and with prompts that leave nothing unseen."""
+    args, rows = lab.args, chosen_rows(lab.args, PLACES)
+    seeds = args.seeds
+    results = iter(lab.run([(f"{slug(name)}_{seed}", "align",
+                             flags | dict(steps=args.steps * longer, seed=seed))
+                            for name, (longer, flags) in rows.items() for seed in seeds]))
+    found = {name: [next(results) for _ in seeds] for name in rows}
+    settings = {name: flags for name, (_, flags) in rows.items()}
+    stem = publish(args, {"rows": found},
+                   "Where the target stands along the gap at the end of the run (0: z_l, 1: z_w), "
+                   "per timestep, its displacement at right angles to the gap in gaps, and where "
+                   "free outputs would end.",
+                   places_table(found, settings))
+
+    def mean(some, i):
+        there = [r["log"]["per_t"]["place"][i] for r in some]
+        return None if None in there else float(np.mean(there))
+    line_chart(f"{stem}.png", {
+        name: ([(i + 0.5) * 1000 / BINS for i in range(BINS)],
+               [mean(some, i) for i in range(BINS)], [0] * BINS) for name, some in found.items()},
+        "Place along the gap by timestep", "timestep t (1000: pure noise)", "place (1: z_w)")
+
+
 def axes(lab):
     """The auxiliary with the knob of one branch turned (sample.py --axis), all branches measured:
     the same question as `decoupling`, without training and at three calls a step."""
@@ -609,8 +643,8 @@ stabilizer."""
     print(text)
 
 
-STUDIES = {f.__name__: f for f in (methods, pareto, speed, decoupling, axes, annotation, gap,
-                                   guidance, world)}
+STUDIES = {f.__name__: f for f in (methods, pareto, places, speed, decoupling, axes, annotation,
+                                   gap, guidance, world)}
 
 
 def add_study_flags(parser):
