@@ -66,14 +66,20 @@ def test_a_base_is_opened_as_the_flags_say(monkeypatch):
 def test_samples_go_towards_the_positive_and_away_from_the_negative(files, tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr(SDModel, "sample",
-                        lambda self, *asked: seen.append(asked) or torch.zeros(1, 3, 64, 64))
+                        lambda self, *asked, axes: seen.append((*asked, axes))
+                        or torch.zeros(1, 3, 64, 64))
     flags = ["--weights", str(files[0]), "--prompt", "a boat", "--positive", "good light",
              "--negative", "blur", "--eta", "0.5", "--steps", "3", "--seed", "4",
              "--resolution", "64", "--device", "cpu", "--out", str(tmp_path / "x.png")]
     sample.main(flags)
-    sample.main([*flags, "--guidance", "1"])
+    sample.main([*flags, "--guidance", "1", "--axis", "warm light / cold light=2", "sharp/soft=0"])
     assert seen[0] == ([Prompt("a boat", ("good light",))], [Prompt("a boat", (), ("blur",))],
-                       7.5, 3, 0.5, 4)
+                       7.5, 3, 0.5, 4, [])
+    assert seen[1][6] == [
+        (2.0, [Prompt("a boat", ("warm light",))], [Prompt("a boat", (), ("cold light",))]),
+        (0.0, [Prompt("a boat", ("sharp",))], [Prompt("a boat", (), ("soft",))])]
+    with pytest.raises(ValueError, match="--axis 'warm': with --weights write both phrases"):
+        sample.main([*flags, "--axis", "warm=2"])
     assert seen[1][0] == [Prompt("a boat", ("good light",), ("blur",))] and seen[1][2] == 1
     with pytest.raises(ValueError, match="name the phrases"):
         sample.main([*flags, "--positive", "all"])

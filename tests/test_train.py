@@ -14,7 +14,7 @@ from toy_tiny import CRITERIA, DATA, plain, same, settings_of, tiny_model
 import sample
 import train_cpo
 import train_sft
-from nanocpo.criteria import Criteria, Prompt
+from nanocpo.criteria import Criteria, CriteriaError, Prompt
 from nanocpo.losses import sft_loss
 from nanocpo.method import add_noise, attribute_prompts, sft_step
 from nanocpo.model import Model, load_model
@@ -335,17 +335,26 @@ def test_samples_go_towards_the_positive_and_away_from_the_negative(tmp_path, mo
     save_checkpoint(tmp_path / "x.pt", {"config": model.config, "criteria": CRITERIA.to_dict(),
                                         "model": model.state_dict(), "ema": model.state_dict(),
                                         "step": 1, "steps": 1})
-    monkeypatch.setattr(Model, "sample", lambda self, *asked: (
-        seen.append(asked) or torch.zeros(len(asked[0]), 3, 32, 32)))
+    monkeypatch.setattr(Model, "sample", lambda self, *asked, axes: (
+        seen.append((*asked, axes)) or torch.zeros(len(asked[0]), 3, 32, 32)))
     flags = ["--checkpoint", str(tmp_path / "x.pt"), "--caption", "a boat", "--count", "1",
              "--positive", "Level", "--negative", "blurred edges", "--seed", "4", "--steps", "9",
              "--eta", "0.5", "--device", "cpu", "--out", str(tmp_path / "x.png")]
     for guidance in ("2", "1"):
         sample.main([*flags, "--guidance", guidance])
     good, bad = ("level horizon",), ("blurred edges",)
-    assert seen[0] == ([Prompt("a boat", good)], [Prompt("a boat", (), bad)], 2.0, 9, 0.5, 4)
+    assert seen[0] == ([Prompt("a boat", good)], [Prompt("a boat", (), bad)], 2.0, 9, 0.5, 4, [])
     # without guidance one prompt carries both sides
     assert seen[1][0] == [Prompt("a boat", good, bad)]
+    # a knob is all leaves of its branch, good and bad
+    sample.main([*flags, "--axis", "Finish=1.5", "Tone=0"])
+    (scale, up, down), (off, *_) = seen[2][6]
+    finish = CRITERIA.columns("Finish")
+    assert (scale, off) == (1.5, 0.0) and up == [Prompt("a boat", tuple(
+        CRITERIA.leaves[i].positive for i in finish))]
+    assert down == [Prompt("a boat", (), tuple(CRITERIA.leaves[i].negative for i in finish))]
+    with pytest.raises(CriteriaError, match="no dimension 'Mood'"):
+        sample.main([*flags, "--axis", "Mood=1"])
 
 
 def test_own_tree_and_captions_train_without_a_report(tiny, tmp_path, capsys):
