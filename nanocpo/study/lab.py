@@ -151,9 +151,10 @@ class Lab:
                   | KINDS[kind](self, args) | {"wall": round(time.time() - start, 1)})
 
 
-def make_in_process(args, run):
-    """One run in a process of its own, which loads data and models for itself."""
-    Lab(args).make(run)
+def make_in_process(args, run, labs={}):
+    """One run in a process of its own, which loads data and models for itself: once for each
+    folder."""
+    labs.setdefault(repr(args), Lab(args)).make(run)
 
 
 @cache
