@@ -112,7 +112,7 @@ class Criteria:
     def find(self, name):
         """The node with this name or path. Raises CriteriaError that lists what there is."""
         for node in self.tree.walk():
-            if name in (node.name, node.path):
+            if name and name in (node.name, node.path):
                 return node
         raise CriteriaError(f"no dimension '{name}'; there are: "
                             + ", ".join(n.name for n in self.tree.walk()))

@@ -11,7 +11,7 @@ from torch import nn
 from .criteria import Criteria
 from .diffusion import Diffusion, guide
 from .unet import UNet, UNetConfig
-from .utils.checkpoint import fingerprint, load_checkpoint
+from .utils.checkpoint import fingerprint, is_finished, load_checkpoint
 from .utils.device import send
 
 
@@ -180,6 +180,8 @@ def load_model(path, device="cpu", content=None):
     gave, if the file was read already. Raises ValueError that names the file and what to do."""
     content = content or load_checkpoint(path)
     config = content["config"]
+    if not is_finished(content):
+        print(f"{path} is not finished: step {content['step']} of {content['steps']}")
     if config.get("kind") == "lora":
         raise ValueError(
             f"{path}: an adapter of Stable Diffusion that can be trained on, no model of its own. "
@@ -187,9 +189,11 @@ def load_model(path, device="cpu", content=None):
             "to train the toy: another --out")
     try:
         unet = UNetConfig(**config["unet"])
+        if min(*unet.channels, *unet.heads, unet.layers, unet.groups) < 1:
+            raise ValueError("a size below 1")
         model = Model(Criteria(content["criteria"]), **config | {"unet": unet})
         model.load_state_dict(content["ema"])
-    except (TypeError, KeyError, ValueError, RuntimeError) as error:
+    except Exception as error:          # whatever a torn or invented configuration leads to
         raise ValueError(f"{path}: its parts do not fit together ({error}); it is of another "
                          "version") from error
     return model.to(device).frozen_copy()

@@ -1,7 +1,11 @@
 """Files: whole or not there, refused where broken, and used again only for the same thing."""
+import errno
 import json
 import os
 import pickle
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,8 +20,8 @@ from nanocpo.run.stages import stage_1
 from nanocpo.toy.export import export
 from nanocpo.toy.paintings import from_painter
 from nanocpo.toy.world import Toy
-from nanocpo.utils.checkpoint import (differences, is_finished, load_checkpoint, save_checkpoint,
-                                      save_json, use_again)
+from nanocpo.utils.checkpoint import (alone, differences, is_finished, load_checkpoint, read_json,
+                                      save_checkpoint, save_json, use_again)
 
 
 def content(model):
@@ -71,6 +75,81 @@ def test_a_damaged_file_is_named(tmp_path, kind, load):
 def test_a_missing_file_stays_a_missing_file(tmp_path):
     with pytest.raises(FileNotFoundError, match="none.pt"):
         load_checkpoint(tmp_path / "none.pt")
+
+
+def test_a_full_disk_is_told_with_what_is_free_and_leaves_no_half_file(tmp_path, monkeypatch):
+    path = tmp_path / "model.pt"
+    save_checkpoint(path, content(tiny_model()))
+    before, write = path.read_bytes(), type(path).write_bytes
+
+    def full(self, data):
+        write(self, bytes(data)[:100])
+        raise OSError(errno.ENOSPC, "No space left on device")
+    monkeypatch.setattr(type(path), "write_bytes", full)
+    words = (r"model.pt: there is no room for it \([\d,.]+ MiB are free, no space left on device.; "
+             "the file that was there stays")
+    with pytest.raises(OSError, match=words):
+        save_checkpoint(path, content(tiny_model(1)))
+    assert path.read_bytes() == before and os.listdir(tmp_path) == ["model.pt"]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such locks")
+def test_only_one_process_makes_a_file(tmp_path):
+    """Another one is refused in a line; the lock of a dead one is free."""
+    code = ("import sys, time; from nanocpo.utils.checkpoint import alone\n"
+            f"with alone({str(tmp_path / 'base.pt')!r}):\n"
+            "    print('here', flush=True); time.sleep(60)")
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True,
+                          cwd=Path(__file__).parent.parent) as other:
+        assert other.stdout.readline() == "here\n"
+        with pytest.raises(ValueError, match="base.pt is being made by another run; wait for it"):
+            with alone(tmp_path / "base.pt"):
+                pass
+        with alone(tmp_path / "auxiliary.pt"):                    # another file is free
+            pass
+        other.kill()
+    with alone(tmp_path / "base.pt"):
+        pass
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("change, words", [
+    (dict(config=[1]), "'config' is no dict"), (dict(criteria="x"), "'criteria' is no dict"),
+    (dict(made_of={}, step="3", steps=3), "'step' is no int"),
+    (dict(made_of={}), "'step' is no int"), (dict(made_of=3), "'made_of' is no dict"),
+    (dict(ema={"w": torch.tensor([1.0, float("nan")])}), "the weight w is not finite"),
+    (dict(ema={"w": torch.tensor(float("inf"))}), "the weight w is not finite"),
+    (dict(ema={"w": "x"}), "the weight w is not finite")])
+def test_one_door_for_checkpoints(tmp_path, change, words):
+    torch.save(content(tiny_model()) | change, tmp_path / "x.pt")
+    words = f"x.pt: not a checkpoint of nanocpo, or damaged .{words}.; delete it and train again"
+    with pytest.raises(ValueError, match=words):
+        load_checkpoint(tmp_path / "x.pt")
+
+
+@pytest.mark.parametrize("change", [dict(heads=(0, 0)), dict(channels=()), dict(groups=0),
+                                    dict(channels="x"), dict(depth=(1,)), dict(unknown=1)])
+def test_impossible_settings_in_a_checkpoint(tmp_path, change):
+    kept = content(tiny_model())
+    kept["config"]["unet"] |= change
+    torch.save(kept, tmp_path / "x.pt")
+    with pytest.raises(ValueError, match="x.pt: its parts do not fit together"):
+        load_model(tmp_path / "x.pt")
+
+
+def test_what_is_not_finished_is_said(tmp_path, capsys):
+    for step, told in ((3, "x.pt is not finished: step 3 of 7\n"), (7, "")):
+        torch.save(content(tiny_model()) | dict(step=step, steps=7, made_of={}), tmp_path / "x.pt")
+        load_model(tmp_path / "x.pt")
+        assert capsys.readouterr().out.endswith(told) and bool(told) == (step == 3)
+
+
+def test_json_has_no_nan(tmp_path):
+    save_json(tmp_path / "x.json", {"a": 1})
+    with pytest.raises(ValueError, match="x.json: a number in it is not finite"):
+        save_json(tmp_path / "x.json", {"a": float("nan")})
+    assert read_json(tmp_path / "x.json") == {"a": 1}
+    assert read_json(tmp_path / "none.json") == {}
 
 
 class Malicious:

@@ -175,6 +175,10 @@ def test_rows_are_kept_for_one_model_one_setting_and_one_code(monkeypatch, tmp_p
     written = json.loads((tmp_path / "out" / "report.json").read_text())
     assert written["rows"] == {name: {"neg": [2, 0, 3, 4.0]} for name in (*kept, "target")}
 
+    for broken in ("{", "[]", '{"rows": {}}', "null"):            # then it is made again
+        (tmp_path / "out" / "rows.json").write_text(broken)
+        assert measured() == [*kept, "target"] and measured() == ["target"]
+
     monkeypatch.setattr(module, "__file__", str(tmp_path / "nanocpo" / "toy" / "report.py"))
     digests = []                                                  # of the code, file by file
     for file in ("toy/critic.py", "diffusion.py", "utils/report.py"):
@@ -192,8 +196,9 @@ def test_every_row_is_asked_in_its_way():
     class Asked:
         criteria, captions = CRITERIA, ["a boat"]
 
-        def sample(self, prompts, negative, guidance, steps, seed):
+        def sample(self, prompts, negative, guidance, steps, seed, axes):
             self.seen = prompts, negative, guidance, steps, seed
+            assert axes == []
             return torch.zeros(len(prompts), 3, 32, 32)
     models = {kind: (Asked(), kind) for kind in ("plain", "prompted", "guided")}
     evaluate(models, samples=2, seed=5, steps=7, guidance=3.0)

@@ -12,7 +12,7 @@ import train_cpo
 from nanocpo.criteria import CriteriaError
 from nanocpo.losses import RULES
 from nanocpo.run import stages
-from nanocpo.run.flags import parse_training
+from nanocpo.run.flags import parse_sampling, parse_training
 from nanocpo.run.settings import QUICK, STABLE_DIFFUSION, TOY, flat, knobs, record
 from nanocpo.toy.paintings import from_painter
 from nanocpo.toy.world import Toy
@@ -200,3 +200,48 @@ def test_what_the_user_can_mend_is_told_in_one_line_and_a_bug_with_its_traceback
     monkeypatch.setattr(cli.sys, "flags", argparse.Namespace(dev_mode=True))         # python -X dev
     with pytest.raises(CriteriaError):
         command(fails(CriteriaError("no dimension")))
+
+
+@pytest.mark.parametrize("flags", [
+    "--guidance nan", "--guidance inf", "--strength nan", "--lr inf", "--lr nan", "--beta inf",
+    "--seed -1", f"--seed {2 ** 63}", "--batch 0", "--paint -1", "--best nan", "--out=", "--data=",
+    "--criteria=", "--lean 0", "--samples 1.5"])
+def test_numbers_of_flags_are_finite_and_names_are_not_empty(flags, capsys):
+    with pytest.raises(SystemExit):
+        settings_of(*flags.split())
+    name = flags.split()[0].split("=")[0]
+    assert f"argument {name}: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flags", ["--eta nan", "--eta -1", "--eta 2", "--guidance inf",
+                                   "--steps 0", "--count 0", f"--seed {2 ** 64}", "--out="])
+def test_numbers_of_sampling_are_checked_before_it_begins(flags, capsys):
+    with pytest.raises(SystemExit):
+        parse_sampling("a test", flags.split())
+    assert f"argument {flags.split()[0].split('=')[0]}: " in capsys.readouterr().err
+    assert parse_sampling("a test", ["--eta", "1", "--seed", "0", "--device", "cpu"])[0].eta == 1
+
+
+@pytest.mark.parametrize("several, words", [
+    (True, "stopped; --resume goes on from the last checkpoint\n"), (False, "stopped\n")])
+def test_ctrl_c_is_one_line(capsys, several, words):
+    def main():
+        raise KeyboardInterrupt
+    with pytest.raises(SystemExit) as ended:
+        command(main, several=several)
+    assert ended.value.code == 130 and capsys.readouterr().err == words
+
+
+def test_a_full_memory_is_one_line():
+    def main():
+        torch.empty(2 ** 50)
+    with pytest.raises(SystemExit, match=r"the memory is full: 4,194,304.0 GiB were asked for at "
+                                         "once; a smaller --batch"):
+        command(main)
+
+    def other():
+        raise MemoryError
+    with pytest.raises(SystemExit, match="the memory is full: a smaller"):
+        command(other)
+    with pytest.raises(ValueError, match="--count 1000000000: that many pictures need 5,722 GiB"):
+        from_painter(count=10 ** 9)

@@ -418,7 +418,10 @@ def test_results_of_other_data_or_models_are_no_results(out, tmp_path, monkeypat
     (["methods", "--batch", "1"], "Diffusion-DPO's batch"),
     (["speed", "--curve-samples", "1"], "needs two pictures"),
     (["gap", "--only", "none"], "no rows to choose from"),
-    (["gap", "--jobs", "0"], "must be above 0")])
+    (["gap", "--jobs", "0"], "must be above 0"),
+    (["speed", "--seeds", "1", "1"], "the same seed twice"),
+    (["methods", "--seeds", "1", "4"], "--seeds 1 4 4 5: the same seed twice"),
+    (["speed", "--seeds", "101"], "chosen on what is reported")])
 def test_flags_of_a_study_that_make_no_sense_are_refused_at_once(capsys, flags, words):
     with pytest.raises(SystemExit):
         study.main(flags)

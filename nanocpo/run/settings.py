@@ -6,11 +6,12 @@ STABLE_DIFFUSION are the two instances. All values are ours: the paper's are not
 Those of Stable Diffusion are not tuned on real weights.
 """
 import re
+from argparse import ArgumentTypeError
 from dataclasses import asdict, dataclass, field, fields, replace
 
 from ..diffusion import PREDICTIONS
 from ..losses import RULES
-from ..utils.cli import above
+from ..utils.cli import SEED, above, not_empty, number
 from ..utils.device import pick_device
 
 METHODS = ("cpo", "esd", "dpo", "sft")
@@ -28,15 +29,17 @@ def setting(default, help, *, decides=True, more=False, **argument):
 @dataclass(frozen=True)
 class Common:
     """What all stages share. Data and models have digests, so their names decide nothing."""
-    out: str = setting("out", "folder for everything that is written", decides=False)
+    out: str = setting("out", "folder for everything that is written", decides=False,
+                       type=not_empty)
     data: str = setting("flawed", "flawed or mixed (painted on the fly, see nanocpo/toy/"
-                        "paintings.py), or a folder with metadata.jsonl", decides=False)
+                        "paintings.py), or a folder with metadata.jsonl", decides=False,
+                        type=not_empty)
     tree: str | None = setting(None, "criteria as JSON; default: criteria.json in the folder, else "
                                "nanocpo/toy/paintings.json", decides=False)
     count: int = setting(10000, "number of pictures to paint; 80 %% of them train", type=above(0))
     skip_bad: bool = setting(False, "leave bad lines of a folder out instead of stopping",
                              decides=False)
-    seed: int = setting(0, "of weights, batches and samples", type=above(-1))
+    seed: int = setting(0, "of weights, batches and samples", type=SEED)
     device: str = setting("auto", "auto, cpu, cuda, mps", decides=False, type=pick_device)
     bf16: bool = setting(False, "run the models in bfloat16; losses and weights stay float32")
     # 64 is hardly better, step by step: the number of steps is what limits (docs/log.md)
@@ -83,7 +86,7 @@ class CPO:
                                      "of safeguard, which keeps less with more of it; default: the "
                                      "rule's usual one (constant: 0.55); with --criteria constant "
                                      "takes 0, since a harder pull changes the other branches too",
-                                     type=float)
+                                     type=number())
     beta: float | None = setting(None, "preference strength; default for cpo: 4 / gap per sample, "
                                  "the gap being the mean squared difference of the auxiliary's two "
                                  "predictions (1 with --criteria); for dpo 200",
@@ -94,14 +97,14 @@ class CPO:
                          "bad; all: every leaf",
                          choices=["own", "completed", "opposite", "all"])
     criteria: list | None = setting(None, "align on these branches of the tree only, by name or "
-                                    "path", nargs="+")
+                                    "path", nargs="+", type=not_empty)
     # a target that follows its goal sees such pictures and no flawed ones
     paint: int | None = setting(None, "pictures to train on that the auxiliary paints anew, good "
                                 "in what is aligned and else as annotated, instead of the data "
                                 "(for dpo as many bad ones too). 0: the data. Default: 1024 with "
                                 "--criteria for cpo and esd, else 0", more=True, type=above(-1))
     paint_guidance: float = setting(1.0, "scale of --paint: 1 asks for the good attributes, more "
-                                    "guides away from the bad ones", more=True, type=float)
+                                    "guides away from the bad ones", more=True, type=number())
     best: float = setting(0.1, "share of the data that --method sft keeps", more=True,
                           type=above(0, float))
     apart: int = setting(1, "--method dpo: the two pictures of a pair differ in so many negative "
@@ -156,7 +159,7 @@ class Report:
     sampling_steps: int = setting(12, "sampling steps of every picture", more=True,
                                   type=above(0))
     guidance: float = setting(2.0, "scale of the row auxiliary_guided; with --weights of all "
-                              "pictures", more=True, type=float)
+                              "pictures", more=True, type=number())
 
     def check(self):
         """Raises ValueError on values that do not go together."""
@@ -253,18 +256,19 @@ class Sampling:
                              nargs="+")
     negative: list = setting((), "attributes to list as bad; with guidance, to move away from",
                              nargs="+")
-    guidance: float = setting(1.0, "1: none", type=float)
+    guidance: float = setting(1.0, "1: none", type=number())
     axis: list = setting((), "a knob for each branch, NAME=SCALE: how far to push it from bad to "
                          "good beside the prompt (0: not at all; below 0: the other way). NAME is "
                          "a branch or leaf of the tree; with --weights good phrase / bad phrase",
                          nargs="+")
     count: int = setting(4, "pictures for each caption", type=above(0))
-    steps: int = setting(12, "sampling steps", type=int)
-    eta: float = setting(0.0, "0: DDIM; 1: as much noise as DDPM", type=float)
-    seed: int = setting(0, "of the noise", type=above(-1))
+    steps: int = setting(12, "sampling steps", type=above(0))
+    eta: float = setting(0.0, "0: DDIM; 1: as much noise as DDPM",
+                         type=number(float, -1e-9, 1))
+    seed: int = setting(0, "of the noise", type=SEED)
     judge: bool = setting(False, "write the critic's verdict under each picture")
     device: str = setting("auto", "auto, cpu, cuda, mps", type=pick_device)
-    out: str = setting("samples.png", "the grid")
+    out: str = setting("samples.png", "the grid", type=not_empty)
 
 
 def knobs(axis):
@@ -273,8 +277,8 @@ def knobs(axis):
     for text in axis:
         name, _, scale = text.rpartition("=")
         try:
-            found.append((name.strip(), float(scale)))
-        except ValueError as error:
+            found.append((not_empty(name).strip(), number()(scale)))
+        except (ValueError, ArgumentTypeError) as error:
             raise ValueError(f"--axis '{text}': write NAME=SCALE, for example "
                              "\"Color Relations=2\"") from error
     return found

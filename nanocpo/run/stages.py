@@ -10,7 +10,7 @@ from ..data import Paintings
 from ..method import attribute_prompts, caption_prompts, cpo_step, sft_step
 from ..model import Model
 from ..train import Recipe, fit
-from ..utils.checkpoint import use_again
+from ..utils.checkpoint import alone, use_again
 from . import baselines
 from .settings import Settings, record
 
@@ -112,11 +112,12 @@ def train(world, name, model, steps, lr, loss_step, made_of, watch=None, **recip
     """fit() as the settings say; recipe: other fields of train.Recipe. Returns (the averaged model,
     frozen; the last log line)."""
     common = world.settings.common
-    average, line = fit(
-        model, loss_step, Recipe(steps, lr, **recipe), world.path(name), name=name,
-        seed=common.seed, bf16=world.autocast, accumulate=common.accumulate, resume=common.resume,
-        save_every=common.save_every, sample_every=common.sample_every,
-        pictures=watch or world.pictures(name), made_of=everything(world, steps, lr, made_of))
+    with alone(world.path(name)):
+        average, line = fit(
+            model, loss_step, Recipe(steps, lr, **recipe), world.path(name), name=name,
+            seed=common.seed, bf16=world.autocast, accumulate=common.accumulate,
+            resume=common.resume, save_every=common.save_every, sample_every=common.sample_every,
+            pictures=watch or world.pictures(name), made_of=everything(world, steps, lr, made_of))
     return world.publish(average, name), line
 
 

@@ -20,7 +20,7 @@ import numpy as np
 from ..losses import RULES
 from ..run.flags import parse_training
 from ..utils.log import BINS
-from ..utils.cli import above
+from ..utils.cli import SEED, above
 from .lab import OPTIMIZERS, Lab, changed
 from .plots import bar_chart, line_chart, matrix_chart
 
@@ -653,26 +653,26 @@ def add_study_flags(parser):
     parser.add_argument("study", choices=list(STUDIES))
     parser.add_argument("--results", default="docs/results",
                         help="folder for the JSON, Markdown and PNG that are kept")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3],
+    parser.add_argument("--seeds", type=SEED, nargs="+", default=[1, 2, 3],
                         help="training and sampling seeds that are reported")
-    parser.add_argument("--more-seeds", type=int, nargs="+", default=[4, 5],
+    parser.add_argument("--more-seeds", type=SEED, nargs="+", default=[4, 5],
                         help="further seeds of the best rows of `methods`")
     parser.add_argument("--top", type=above(0), default=5, help="how many rows those are")
     parser.add_argument("--bases", nargs="+",
                         help="folders with base and auxiliary, of several seeds, that the reported "
                         "seeds of `methods` take in turn; the search is made with --out's")
-    parser.add_argument("--validation", type=int, nargs="+", default=[101, 102],
+    parser.add_argument("--validation", type=SEED, nargs="+", default=[101, 102],
                         help="seeds on which settings are chosen: `methods` takes the first, "
                         "`decoupling` the mean over all")
-    parser.add_argument("--search-samples", type=int, default=256,
+    parser.add_argument("--search-samples", type=above(0), default=256,
                         help="pictures a row of the search")
-    parser.add_argument("--curve-samples", type=int, default=128,
+    parser.add_argument("--curve-samples", type=above(0), default=128,
                         help="pictures a point of the curves of `speed`")
     parser.add_argument("--curve-steps", type=above(0), default=60, help="steps of these curves")
-    parser.add_argument("--batches", type=int, default=8, help="batches that `gap` looks at")
-    parser.add_argument("--step-size", type=float, default=3e-4,
+    parser.add_argument("--batches", type=above(0), default=8, help="batches that `gap` looks at")
+    parser.add_argument("--step-size", type=above(0, float), default=3e-4,
                         help="relative length of the one step that `gap` takes")
-    parser.add_argument("--world-steps", type=int, default=1500,
+    parser.add_argument("--world-steps", type=above(0), default=1500,
                         help="training steps of the tiny network of `world`")
     parser.add_argument("--only", nargs="+",
                         help="only these rows (methods, speed), levels (annotation) or doses "
@@ -693,6 +693,13 @@ def check_flags(args):
     if min(args.samples, args.search_samples, args.curve_samples) < 2:
         raise ValueError("--samples, --search-samples and --curve-samples: an interval needs two "
                          "pictures at least")
+    reported = args.seeds + (args.more_seeds if args.study == "methods" else [])
+    if len(set(reported)) < len(reported):
+        raise ValueError(f"--seeds {' '.join(map(str, reported))}: the same seed twice is no "
+                         "second measurement")
+    if set(reported) & set(args.validation):
+        raise ValueError("--seeds and --validation share a seed: settings would be chosen on what "
+                         "is reported")
     if args.study == "methods" and args.batch < 2:
         raise ValueError("--batch 1: half of it, a pair of pictures, is Diffusion-DPO's batch")
     if args.only and args.study in ("gap", "guidance", "world"):

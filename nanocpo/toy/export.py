@@ -9,7 +9,7 @@ from pathlib import Path
 from PIL import Image
 
 from ..folder.reading import DataError
-from ..utils.cli import above, command
+from ..utils.cli import SEED, above, command
 from .paintings import from_painter
 
 
@@ -41,7 +41,7 @@ def main(argv=None):
     parser.add_argument("--count", type=above(0), default=1000, help="number of pictures")
     parser.add_argument("--regime", choices=["flawed", "mixed", "positive"], default="flawed",
                         help="how states are drawn")
-    parser.add_argument("--seed", type=above(-1), default=0)
+    parser.add_argument("--seed", type=SEED, default=0)
     args = parser.parse_args(argv)
     export(from_painter(count=args.count, regime=args.regime, seed=args.seed), args.out)
     print(f"{args.out}: {args.count} pictures, metadata.jsonl, criteria.json")

@@ -7,7 +7,8 @@ from tqdm import tqdm
 
 from ..criteria import Criteria
 from ..data import Paintings
-from .painter import CAPTIONS, paint, stream
+from ..utils.device import memory
+from .painter import CAPTIONS, SIZE, paint, stream
 
 REGIMES = ("flawed", "mixed")               # what --data can be beside a folder
 
@@ -24,6 +25,10 @@ def from_painter(criteria=None, count=10000, regime="flawed", judged=0.9, seed=0
     if count < 1 or not 0.5 <= judged <= 1:
         raise ValueError(f"count must be at least 1 (is {count}) and judged between 0.5 and 1 "
                          f"(is {judged})")
+    needed, room = 2 * count * SIZE ** 2 * 3, memory()
+    if needed > room:
+        raise ValueError(f"--count {count}: that many pictures need {needed / 2 ** 30:,.0f} GiB of "
+                         f"memory, and there are {room / 2 ** 30:,.0f}")
     images, captions, annotations = [], [], []
     for i in tqdm(range(count), desc="painting", leave=False, disable=count < 5000, mininterval=2):
         captions.append(CAPTIONS[stream((seed, i), "caption").integers(len(CAPTIONS))])

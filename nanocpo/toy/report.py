@@ -6,14 +6,13 @@ measures checkpoints alone. How a row is measured is in evaluate.py.
 """
 import argparse
 import hashlib
-import json
 import time
 from pathlib import Path
 
 from ..data import to_images
 from ..model import load_model
-from ..utils.checkpoint import differences, fingerprint, save_json
-from ..utils.cli import above, command
+from ..utils.checkpoint import differences, fingerprint, read_json, save_json
+from ..utils.cli import SEED, above, command, number
 from ..utils.device import pick_device
 from ..utils.report import write_report
 from .evaluate import evaluate
@@ -31,8 +30,9 @@ def report(out, name, base, auxiliary, target, settings, seed, seconds):
     start, kept = time.time(), Path(out) / "rows.json"
     made_of = dict(zip(("samples", "seed", "sampling_steps", "guidance"), how),
                    models=fingerprint(base, auxiliary), code=code_digest())
-    known = json.loads(kept.read_text()) if kept.exists() else {}
-    known = known["rows"] if not differences(known.get("made_of", {}), made_of) else {}
+    known = read_json(kept)
+    same = "rows" in known and not differences(known.get("made_of", {}), made_of)
+    known = known["rows"] if same else {}
     missing = {row: pair for row, pair in models.items() if row == name or row not in known}
     result, pictures = evaluate(missing, *how)
     rows = known | result["rows"]
@@ -86,10 +86,10 @@ def main(argv=None):
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("checkpoints", nargs="+")
     parser.add_argument("--kind", choices=["plain", "prompted", "guided"], default="plain")
-    parser.add_argument("--guidance", type=float, default=2.0)
+    parser.add_argument("--guidance", type=number(), default=2.0)
     parser.add_argument("--samples", type=above(1), default=512)
-    parser.add_argument("--steps", type=int, default=12, help="sampling steps")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--steps", type=above(0), default=12, help="sampling steps")
+    parser.add_argument("--seed", type=SEED, default=0)
     parser.add_argument("--device", type=pick_device, default="auto", help="auto, cpu, cuda, mps")
     parser.add_argument("--json", help="also write the report to this file")
     args = parser.parse_args(argv)

@@ -69,6 +69,9 @@ class Toy:
         path = self.path(name)
         content = load_checkpoint(path) if path.exists() else None
         if content is None or not is_finished(content):
+            if content and not self.settings.common.resume:
+                print(f"{path} stopped at step {content['step']} of {content['steps']}; it is "
+                      "trained anew (--resume would go on)")
             return None
         return path, self._load(path, content), content.get("made_of")
 

@@ -4,9 +4,12 @@ Everything that a run makes is kept with a record of what it was made of: {name:
 of the data and models that went into it, and every setting that decides the result. `use_again`
 compares that record with what is asked for now; nothing else in the project decides this.
 """
+import errno
 import hashlib
+import io
 import json
 import os
+import shutil
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -18,27 +21,79 @@ from . import ranks
 @contextmanager
 def atomic_write(path):
     """Gives the name of a temporary file beside `path` to write, and renames it when the block
-    ends well: never half a file."""
+    ends well: never half a file. Whatever happens, the temporary file is gone afterwards. Raises
+    OSError that says how much room there is where the disk is full."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     # a name for each process: several may fill one cache
     temporary = path.with_name(f"{path.name}.tmp{ranks.number() or ''}")
-    yield temporary
-    with open(temporary, "rb+") as file:
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        yield temporary
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        kept = "; the file that was there stays" if path.exists() else ""
+        free = shutil.disk_usage(path.parent).free / 2 ** 20
+        raise OSError(f"{path}: there is no room for it ({free:,.1f} MiB are free, "
+                      f"{error.strerror.lower()}){kept}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def alone(path):
+    """Only one process at a time makes the file `path`: holds a lock beside it, which the system
+    releases when its holder is dead. Raises ValueError if another one has it."""
+    try:
+        import fcntl
+    except ImportError:                             # Windows has no such locks
+        fcntl = None
+    if fcntl is None or not ranks.first():          # the others of one run write nothing
+        yield
+        return
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = path.with_name(f".{path.name}.lock")
+    with open(lock, "a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ValueError(f"{path} is being made by another run; wait for it, or choose another "
+                             "--out or --name") from error
+        try:
+            yield
+        finally:
+            lock.unlink(missing_ok=True)
 
 
 def save_checkpoint(path, content):
     """torch.save, whole or not at all: a killed run never leaves half a checkpoint."""
+    packed = io.BytesIO()               # torch does not say when a disk is full, a file does
+    torch.save(content, packed)
     with atomic_write(path) as temporary:
-        torch.save(content, temporary)
+        temporary.write_bytes(packed.getbuffer())
 
 
 def save_json(path, content):
-    """A JSON file, whole or not at all."""
+    """A JSON file, whole or not at all. Raises ValueError on numbers that JSON does not have."""
+    try:
+        text = json.dumps(content, indent=1, allow_nan=False)
+    except ValueError as error:
+        raise ValueError(f"{path}: a number in it is not finite ({error})") from error
     with atomic_write(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=1), encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8")
+
+
+def read_json(path):
+    """The dict in a JSON file that can be made again; {} where there is none, or no such file."""
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError, RecursionError):
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
 def load_checkpoint(path):
@@ -46,7 +101,7 @@ def load_checkpoint(path):
     what to do."""
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-        content["config"], content["criteria"], content["ema"]
+        wrong = _fault(content)
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{path}: no such checkpoint; train_cpo.py makes one") from error
     except OSError:                         # not the file's fault
@@ -54,12 +109,31 @@ def load_checkpoint(path):
     except Exception as error:
         raise ValueError(f"{path}: not a checkpoint of nanocpo, or damaged "
                          f"({type(error).__name__}); delete it and train again") from error
+    if wrong:
+        raise ValueError(f"{path}: not a checkpoint of nanocpo, or damaged ({wrong}); delete it "
+                         "and train again")
     return content
 
 
+def _fault(content):
+    """The one door for checkpoints: what is wrong with the content of a file, or ""."""
+    kinds = {"config": dict, "criteria": dict, "ema": dict}
+    if not isinstance(content, dict) or not kinds.keys() <= content.keys():
+        return f"it has no {', '.join(kinds)}"
+    if "made_of" in content:                # of a run, which can be resumed
+        kinds |= {"made_of": dict, "step": int, "steps": int}
+    for name, kind in kinds.items():
+        if not isinstance(content.get(name), kind):
+            return f"'{name}' is no {kind.__name__}"
+    for name, weight in content["ema"].items():
+        if not torch.is_tensor(weight) or not weight.isfinite().all():
+            return f"the weight {name} is not finite"
+    return ""
+
+
 def is_finished(content):
-    """Whether a checkpoint's run came to its end."""
-    return content["step"] >= content["steps"]
+    """Whether a checkpoint's run came to its end, as far as it says."""
+    return content.get("step", 0) >= content.get("steps", 0)
 
 
 def fingerprint(*modules):

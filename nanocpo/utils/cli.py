@@ -1,6 +1,8 @@
-"""What all commands share: two types of flags, and how errors are told."""
+"""What all commands share: types of flags, and how errors are told."""
 import argparse
+import math
 import os
+import re
 import sys
 
 import torch
@@ -8,14 +10,32 @@ import torch
 from . import ranks
 
 
+def number(kind=float, above=-math.inf, to=math.inf):
+    """An argparse type: a number that is finite, larger than `above` and at most `to`."""
+    def parse(text):
+        value = kind(text)
+        if not above < value <= to or value in (math.inf, -math.inf):
+            bounds = [f"above {above}"] * (above > -math.inf) + [f"at most {to}"] * (to < math.inf)
+            raise argparse.ArgumentTypeError(
+                f"must be {' and '.join(bounds) or 'a finite number'}, not {text}")
+        return value
+    parse.__name__ = kind.__name__                  # argparse's word for what is no number at all
+    return parse
+
+
 def above(low, kind=int):
-    """An argparse type: a number that must be larger than `low`."""
-    def number(text):
-        if not kind(text) > low:
-            raise argparse.ArgumentTypeError(f"must be above {low}, not {text}")
-        return kind(text)
-    number.__name__ = kind.__name__                 # argparse's word for what is no number at all
-    return number
+    """An argparse type: a finite number that must be larger than `low`."""
+    return number(kind, low)
+
+
+SEED = number(int, -1, 2 ** 63 - 1)     # what torch's generators take
+
+
+def not_empty(text):
+    """An argparse type: text that says something."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("is empty")
+    return text
 
 
 def command(main, several=False):
@@ -31,12 +51,22 @@ def command(main, several=False):
             raise ValueError("only train_sft.py and train_cpo.py can be started with torchrun")
         main()
         ranks.stop()
+    except KeyboardInterrupt:
+        if sys.flags.dev_mode:
+            raise
+        print("stopped" + ("; --resume goes on from the last checkpoint" if several else ""),
+              file=sys.stderr)
+        sys.exit(130)                       # what shells expect after Ctrl-C
     except torch.cuda.OutOfMemoryError as error:
         if sys.flags.dev_mode:
             raise
         sys.exit("error: the GPU's memory is full: a smaller --batch needs less in training, "
                  "--checkpointing too (with --weights); with --weights also --dtype bfloat16 and a "
                  f"smaller --resolution ({str(error).split('. ')[0]})")
+    except MemoryError:
+        if sys.flags.dev_mode:
+            raise
+        sys.exit("error: the memory is full: a smaller --batch, --count or --samples needs less")
     except (ValueError, OSError, FloatingPointError) as error:
         # not JSON's or Unicode's ValueError
         own = type(error) is ValueError or type(error).__module__.split(".")[0] == "nanocpo"
@@ -45,6 +75,10 @@ def command(main, several=False):
         where = f" in process {ranks.number()}" if ranks.count() > 1 else ""
         sys.exit(f"error{where}: {error}")
     except RuntimeError as error:
+        asked = re.search(r"you tried to allocate (\d+) bytes", str(error))
+        if asked and not sys.flags.dev_mode:
+            sys.exit(f"error: the memory is full: {int(asked[1]) / 2 ** 30:,.1f} GiB were asked "
+                     "for at once; a smaller --batch, --count or --samples needs less")
         if sys.flags.dev_mode or not ranks.is_of_another(error):
             raise
         sys.exit("error: another process of this run has ended; which one stands below, in "

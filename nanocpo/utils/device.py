@@ -1,5 +1,7 @@
-"""The device: which one, and how tensors get there."""
+"""The device: which one, how tensors get there, and how much memory the machine has."""
 import argparse
+import math
+import os
 
 import torch
 
@@ -14,6 +16,14 @@ def pick_device(name):
     except (RuntimeError, AssertionError) as error:               # torch raises either
         raise argparse.ArgumentTypeError(
             f"torch cannot use {name} ({str(error).splitlines()[0]})") from error
+
+
+def memory():
+    """Bytes of memory of this machine; infinity where the system does not say."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return math.inf
 
 
 def send(x, device):

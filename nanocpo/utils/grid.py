@@ -1,4 +1,5 @@
 """Pictures of pictures: an enlarged grid with a line or two of text under each."""
+from bisect import bisect_right
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
@@ -22,9 +23,9 @@ def save_grid(path, images, labels=None, columns=8, zoom=4, titles=None):
                     (x, y))
         if labels:
             for k, text in enumerate(labels[i].split("\n")):
-                while text and pen.textlength(text, font=font) > cell_w:  # cut what does not fit
-                    text = text[:-1]
-                pen.text((x + 1, y + cell_h + k * line), text, fill="black", font=font)
+                fits = bisect_right(range(len(text)), cell_w,       # cut what does not fit
+                                    key=lambda n: pen.textlength(text[:n + 1], font=font))
+                pen.text((x + 1, y + cell_h + k * line), text[:fits], fill="black", font=font)
     for row, title in enumerate(titles or []):
         pen.text((6, 6 + row * step_h), title, fill="black", font=ImageFont.load_default(14))
     Path(path).parent.mkdir(parents=True, exist_ok=True)

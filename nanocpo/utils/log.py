@@ -1,5 +1,6 @@
 """The log of a training run: a JSON line every few steps, with means per timestep bin."""
 import json
+import math
 import time
 
 import torch
@@ -17,8 +18,8 @@ class Log:
         """keep: of a log that is there already, the lines up to this step stay."""
         self.path, self.name, self.window = path, name, []
         before = path.read_text() if keep and path.exists() else None
-        whole = [line for line in (before or "").splitlines() if line.endswith("}}")]   # not torn
-        lines = [line for line in whole if json.loads(line)["step"] <= keep]
+        # a torn line, or one that is not the log's, is left out
+        lines = [line for line in (before or "").splitlines() if _step(line) <= keep]
         text = "".join(line + "\n" for line in lines)
         if text != before and ranks.first():      # and several may look at one finished run
             with atomic_write(path) as temporary:
@@ -42,6 +43,14 @@ class Log:
             with open(self.path, "a") as file:
                 file.write(json.dumps(self.line) + "\n")
         return self.line
+
+
+def _step(line):
+    """The step of a line of the log; infinity for what is none."""
+    try:
+        return json.loads(line)["step"] + 0 * json.loads(line)["seconds"]
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return math.inf
 
 
 def summarize(window, steps):
