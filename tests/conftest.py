@@ -1,12 +1,16 @@
-"""Fixtures that several files use."""
+"""Fixtures that several files use; and one thread a process: the tests are many small ones, two
+threads gain little on an idle machine and stall each other on a busy one."""
+import os
 from functools import partial
 
-import pytest
+os.environ.setdefault("OMP_NUM_THREADS", "1")           # before torch is imported
 
-from toy_tiny import TINY
+import pytest  # noqa: E402
 
-import nanocpo.toy.world
-from nanocpo.model import Model
+from toy_tiny import TINY  # noqa: E402
+
+import nanocpo.toy.world  # noqa: E402
+from nanocpo.model import Model  # noqa: E402
 
 
 @pytest.fixture

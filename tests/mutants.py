@@ -28,7 +28,7 @@ TESTS = {
     "train_cpo": "train", "train_sft": "train", "sample": "train", "data": "data",
     "run/stages": "method", "run/settings": "settings", "run/baselines": "method",
     "utils/checkpoint": "checkpoint", "utils/cli": "settings", "utils/muon": "muon",
-    "utils/device": "settings", "utils/ranks": "ranks",
+    "utils/device": "settings", "utils/log": "train", "utils/ranks": "ranks",
     "utils/report": "evaluate", "folder/reading": "folder", "folder/annotate": "annotate",
     "folder/annotate.html": "annotate", "toy/critic": "painter", "toy/painter": "painter",
     "toy/paintings": "data", "toy/evaluate": "evaluate", "toy/report": "evaluate",
