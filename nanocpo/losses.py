@@ -88,7 +88,7 @@ RULES = {
                  "no limit: it drifts along z_win - z_lose for ever (E10)"),
     "winner": Rule(lambda win, lose, dot, s: torch.zeros_like(win), 0.0,
                    "ends at z_win: plain regression"),
-    "constant": Rule(lambda win, lose, dot, k: k * torch.ones_like(win), 0.55,
+    "constant": Rule(lambda win, lose, dot, k: k * torch.ones_like(win), 0.3,
                      "ends at z_win + k / (1 - k) (z_win - z_lose), a guided target; k < 1 (E12)"),
     "safeguard": Rule(_safeguard, 0.2,
                       "the winner's error never rises; strength: mu (2511.03317, E13)"),

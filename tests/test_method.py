@@ -174,7 +174,7 @@ def test_a_cpo_step_takes_rule_strength_and_beta_from_the_flags():
     def logs(*flags):
         step = alignment_step(settings_of("--paint", "0", *flags), DATA, base, auxiliary)
         return step(target, torch.Generator().manual_seed(0))[1]
-    assert logs()["lam"].tolist() == pytest.approx([0.55] * 8)            # the default: constant
+    assert logs()["lam"].tolist() == pytest.approx([0.3] * 8)            # the default: constant
     assert (logs("--stabilizer", "none")["lam"].tolist() == [1] * 8
             and logs("--criteria", "Finish")["lam"].tolist() == [0] * 8)
     torch.testing.assert_close(logs("--beta", "4")["margin"], 2 * logs("--beta", "2")["margin"])
@@ -259,7 +259,7 @@ def test_a_branch_is_learned_at_pictures_that_are_right_in_it(monkeypatch):
     grey = lambda images: (images.abs() - 0.5).abs().max() < 0.01
     flags = "--criteria", "Tone", "--paint", "7", "--sampling-steps", "3", "--seed", "5"
     assert grey(drawn(*flags)) and asked == [(prompts, 3, 5)] * 2         # as the flags say
-    assert not grey(drawn("--criteria", "Tone", "--paint", "0")) and not grey(drawn())
+    assert not grey(drawn("--criteria", "Tone", "--paint", "0")) and not grey(drawn("--paint", "0"))
     assert grey(drawn("--paint", "7", "--method", "sft")) and grey(drawn("--paint", "7"))
 
 

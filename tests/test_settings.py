@@ -42,7 +42,7 @@ def test_a_branch_is_pulled_more_gently_unless_told_otherwise():
              "--criteria Tone --strength 0.9 --beta 2")
     filled = [settings_of(*f.split()).cpo.filled() for f in flags]
     assert ([(cpo.strength, cpo.beta) for cpo in filled]
-            == [(0.55, None), (0, 1), (0, 9), (0.9, 2)])
+            == [(0.3, None), (0, 1), (0, 9), (0.9, 2)])
     assert {cpo.stabilizer for cpo in filled} == {"constant"}
 
 
@@ -84,7 +84,7 @@ def test_a_rule_without_a_strength_takes_its_usual_one(rule):
 
 def test_esd_regresses_to_the_end_of_constant_whatever_the_stabilizer():
     for flags in ([], ["--stabilizer", "none"], ["--stabilizer", "winner"]):
-        assert settings_of("--method", "esd", *flags).cpo.filled().strength == 0.55
+        assert settings_of("--method", "esd", *flags).cpo.filled().strength == 0.3
 
 
 def test_only_cpo_and_esd_on_a_branch_paint_and_only_they_record_how(monkeypatch):
@@ -93,7 +93,12 @@ def test_only_cpo_and_esd_on_a_branch_paint_and_only_they_record_how(monkeypatch
         "", "--paint 7", "--criteria Tone", "--criteria Tone --paint 7",
         "--criteria Tone --paint 0", "--criteria Tone --method esd",
         "--criteria Tone --method dpo", "--criteria Tone --method sft")}
-    assert list(paints.values()) == [0, 7, 1024, 7, 0, 1024, 0, 0]
+    assert list(paints.values()) == [512, 7, 1024, 7, 0, 1024, 0, 0]
+    # at pictures that the auxiliary painted nothing contradicts the prompt at little noise
+    leans = [settings_of(*flags.split()).cpo.filled().lean for flags in (
+        "", "--paint 0", "--criteria Tone", "--lean 0.5", "--paint 0 --lean 0.5",
+        "--weights x --data y")]
+    assert leans == [0.7, 0.4, 0.4, 0.5, 0.5, 0.4]
     # who paints asks the auxiliary, whatever the method
     asks = [settings_of(*flags.split()).cpo.teaches
             for flags in ("", "--method esd", "--method dpo", "--method sft",
@@ -104,7 +109,8 @@ def test_only_cpo_and_esd_on_a_branch_paint_and_only_they_record_how(monkeypatch
     monkeypatch.setattr(stages, "train", lambda *arguments, **named: made_of.update(arguments[6]))
     monkeypatch.setattr(stages, "alignment_step", lambda *arguments: None)
     model = tiny_model().frozen_copy()
-    for flags, told in (([], False), (branch, True), ([*branch, "--paint", "0"], False)):
+    for flags, told in (([], True), (["--paint", "0"], False), (branch, True),
+                        ([*branch, "--paint", "0"], False)):
         made_of.clear()
         stages.stage_2(Toy(settings_of(*flags), DATA), model, model)
         assert ("sampling_steps" in made_of) == told and "auxiliary" in made_of

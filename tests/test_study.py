@@ -205,7 +205,7 @@ def test_gap_is_measured_on_the_whole_tree(out, capsys):
 
 def test_a_run_of_degraded_annotations_has_data_and_auxiliary_of_its_own(tmp_path, monkeypatch):
     args = Namespace(out=str(tmp_path), seed=0, device="cpu", name="x", method="cpo", steps=1,
-                     batch=1, accumulate=1)
+                     batch=1, accumulate=1, sampling_steps=2)
     room, degraded = lab.Lab(args), Namespace(
         **vars(args), judged=0.25, wrong=0.0, model="auxiliary", prompt="guided")
     room.world = Toy(lab.settings_of(args), from_painter(count=200))
@@ -360,7 +360,8 @@ def load_tiny():
 
 
 @pytest.mark.parametrize("flags, calls", [
-    (dict(), 2 * 10 * 4 * 2), (dict(method="esd"), 2 * 10 * 4 * 2), (dict(method="sft"), 0),
+    (dict(paint=0), 2 * 10 * 4 * 2), (dict(method="esd"), 512 * 3 + 2 * 10 * 4 * 2),
+    (dict(method="sft"), 0),
     (dict(method="dpo"), 0), (dict(method="sft", paint=7), 7 * 3),
     (dict(method="sft", paint=7, paint_guidance=2.0), 7 * 3 * 2),
     (dict(method="dpo", paint=7), 7 * 3 * 2), (dict(paint=7), 7 * 3 + 2 * 10 * 4 * 2),
@@ -372,7 +373,7 @@ def test_calls_of_the_teacher(flags, calls):
 
 def test_a_curve_is_never_resumed_and_a_run_counts_its_log_s_seconds(tmp_path, monkeypatch):
     args, seen = (Namespace(out=str(tmp_path), name="x", every=2, method="cpo", steps=4, batch=3,
-                            accumulate=2, resume=True), [])
+                            accumulate=2, resume=True, sampling_steps=2), [])
 
     def align(lab, args, data, auxiliary, watch=None, steady=False):
         seen.append((args.resume, getattr(args, "sample_every", None), steady))
@@ -511,7 +512,7 @@ def test_places_along_the_gap_by_hand():
 
 @pytest.mark.parametrize("flags, place", [
     (dict(stabilizer="none"), "no end"), (dict(stabilizer="winner"), "1"),
-    (dict(stabilizer="constant", strength=0.5), "2.00"), (dict(stabilizer="constant"), "2.22"),
+    (dict(stabilizer="constant", strength=0.5), "2.00"), (dict(stabilizer="constant"), "1.43"),
     (dict(stabilizer="constant", strength=0.75, pairs="own"), "4.00"),
     (dict(stabilizer="safeguard", strength=0.2), "1"), (dict(stabilizer="balance"), "1"),
     (dict(stabilizer="noisy", strength=1.5), "1.80")])

@@ -270,7 +270,7 @@ def test_nothing_in_a_step_waits_for_the_gpu(tmp_path, method, monkeypatch):
     .item(), .cpu(), if, raises there."""
     monkeypatch.setattr(torch, "autocast", lambda *type_, **named: nullcontext())  # knows no meta
     model, base, auxiliary = (tiny_model().to("meta") for _ in range(3))
-    settings = settings_of("--method", "cpo" if method == "stage 1" else method)
+    settings = settings_of("--method", "cpo" if method == "stage 1" else method, "--paint", "0")
     step = (sft_loss_step(settings, DATA, attribute_prompts) if method == "stage 1"
             else alignment_step(settings, DATA, base, auxiliary))
     state = TrainingState(model, copy.deepcopy(model), Muon(model, 1e-3, method == "stage 1"),

@@ -84,7 +84,7 @@ class CPO:
                                      choices=list(RULES))
     strength: float | None = setting(None, "k of constant and balance, the share that is kept; mu "
                                      "of safeguard, which keeps less with more of it; default: the "
-                                     "rule's usual one (constant: 0.55); with --criteria constant "
+                                     "rule's usual one (constant: 0.3); with --criteria constant "
                                      "takes 0, since a harder pull changes the other branches too",
                                      type=number())
     beta: float | None = setting(None, "preference strength; default for cpo: 4 / gap per sample, "
@@ -101,8 +101,9 @@ class CPO:
     # a target that follows its goal sees such pictures and no flawed ones
     paint: int | None = setting(None, "pictures to train on that the auxiliary paints anew, good "
                                 "in what is aligned and else as annotated, instead of the data "
-                                "(for dpo as many bad ones too). 0: the data. Default: 1024 with "
-                                "--criteria for cpo and esd, else 0", more=True, type=above(-1))
+                                "(for dpo as many bad ones too). 0: the data. Default: 512 for "
+                                "cpo and esd (1024 with --criteria), else 0; with --weights 0",
+                                more=True, type=above(-1))
     paint_guidance: float = setting(1.0, "scale of --paint: 1 asks for the good attributes, more "
                                     "guides away from the bad ones", more=True, type=number())
     best: float = setting(0.1, "share of the data that --method sft keeps", more=True,
@@ -112,9 +113,10 @@ class CPO:
     # the early checkpoint is often the better one
     steps: int = setting(150, "steps of stage 2", type=above(0))
     lr: float = setting(1.2e-3, "learning rate of stage 2 (AdamW)", type=above(0, float))
-    # where little of the training picture is left to contradict the prompt
-    lean: float = setting(0.4, "cpo and esd train at t = T u^lean, u uniform", more=True,
-                          type=above(0, float))
+    # at the data's pictures 0.4: where little of them is left to contradict the prompt
+    lean: float | None = setting(None, "cpo and esd train at t = T u^lean, u uniform; default: 0.7 "
+                                 "for pictures that the auxiliary painted (--paint), 0.4 with "
+                                 "--criteria and for the data's", more=True, type=above(0, float))
     name: str = setting("target", "name of the checkpoint, its log and its report row",
                         decides=False)
 
@@ -129,10 +131,13 @@ class CPO:
             strength, beta = 0.0 if rule == "constant" else strength, 1.0
         if self.method == "dpo":
             beta = 200.0
+        paint = self.paint
+        if paint is None:
+            paint = 0 if self.method not in TEACHES else 1024 if self.criteria else 512
         return replace(self, stabilizer=rule, beta=beta if self.beta is None else self.beta,
                        strength=strength if self.strength is None else self.strength,
-                       paint=(1024 if self.criteria and self.method in TEACHES else 0)
-                       if self.paint is None else self.paint)
+                       paint=paint,
+                       lean=self.lean or (0.7 if paint and not self.criteria else 0.4))
 
     @property
     def teaches(self):

@@ -197,7 +197,7 @@ def teacher_calls(args):
 def displacement(model, base, images, captions, seed=0):
     """How far a model has moved from its base: E_t |eps - eps_ref|^2, the mean squared difference
     of their noise predictions at the model's own pictures, noised to evenly spread timesteps; and
-    the same per timestep bin."""
+    the same per timestep bin (None where a bin is empty)."""
     generator, prompts = torch.Generator().manual_seed(seed), [
         base.criteria.prompt(caption) for caption in captions]
     x0 = base.latents.encode(to_tensor(images))
@@ -210,7 +210,8 @@ def displacement(model, base, images, captions, seed=0):
         for part in torch.arange(len(x0)).split(128))])
     moved = moved * a.flatten() ** 2 if base.diffusion.prediction != "eps" else moved
     bins = t * BINS // base.diffusion.steps
-    return float(moved.mean()), [round(float(moved[bins == i].mean()), 6) for i in range(BINS)]
+    return float(moved.mean()), [round(float(moved[bins == i].mean()), 6) if (bins == i).any()
+                                 else None for i in range(BINS)]
 
 
 def sample_run(lab, args):
@@ -307,7 +308,7 @@ def gap_run(lab, args):
     base, auxiliary = lab.models["base"], lab.models["auxiliary"]
     train, gaps = lab.data.split("train"), {}
     for pairs in ("own", "completed", "opposite"):
-        settings, window = settings_of(changed(args, pairs=pairs, lean=1.0)), []
+        settings, window = settings_of(changed(args, pairs=pairs, lean=1.0, paint=0)), []
         step = alignment_step(settings, train, base, auxiliary)
         with torch.no_grad():
             for seed in range(args.batches):

@@ -44,6 +44,8 @@ def _pulls(first, other):
             for lean in (0.4, 0.7) for strength in (first, other)]
 
 
+# at the pictures of the data, with the lean that suits them
+DATA = dict(paint=0, lean=0.4)
 METHODS = {
     "SFT on the best": (dict(method="sft"),
                         [dict(lr=1.2e-3, best=0.1), dict(lr=2.4e-3, best=0.03),
@@ -52,20 +54,22 @@ METHODS = {
     "Diffusion-DPO on the teacher's pairs": (dict(method="dpo", paint=512), DPO),
     "SFT on the teacher's prompted pictures": (dict(method="sft"), IMITATE),
     "SFT on the teacher's guided pictures": (dict(method="sft", paint_guidance=2.0), IMITATE),
-    "guided target (ESD)": (dict(method="esd"), _pulls(0.55, 0.3)),
+    "guided target (ESD)": (dict(method="esd", paint=0), _pulls(0.55, 0.3)),
     "guided target (ESD) at the teacher's pictures": (dict(method="esd", paint=512),
                                                       _pulls(0.3, 0.55)),
-    "CPO none": (dict(stabilizer="none"), [dict(lr=1.2e-3), dict(lr=4e-4), dict(lr=1e-4)]),
-    "CPO winner": (dict(stabilizer="winner"), [dict(lr=1.2e-3), dict(lr=2.4e-3), dict(lr=4.8e-3)]),
-    "CPO constant": (dict(stabilizer="constant"), _pulls(0.55, 0.3)),
-    "CPO constant, own": (dict(stabilizer="constant", pairs="own"), _strengths(0.55, 0.7, 0.8)),
-    "CPO constant, completed": (dict(stabilizer="constant", pairs="completed"),
+    "CPO none": (dict(stabilizer="none") | DATA, [dict(lr=1.2e-3), dict(lr=4e-4), dict(lr=1e-4)]),
+    "CPO winner": (dict(stabilizer="winner") | DATA,
+                   [dict(lr=1.2e-3), dict(lr=2.4e-3), dict(lr=4.8e-3)]),
+    "CPO constant": (dict(stabilizer="constant", paint=0), _pulls(0.55, 0.3)),
+    "CPO constant, own": (dict(stabilizer="constant", pairs="own") | DATA,
+                          _strengths(0.55, 0.7, 0.8)),
+    "CPO constant, completed": (dict(stabilizer="constant", pairs="completed") | DATA,
                                 _strengths(0.55, 0.7, 0.8)),
     "CPO constant at the teacher's pictures": (dict(stabilizer="constant", paint=512),
                                                _pulls(0.3, 0.55)),
-    "CPO safeguard": (dict(stabilizer="safeguard"), _strengths(0.2, 0.6, 0.4)[:3]),
-    "CPO balance": (dict(stabilizer="balance"), _strengths(0.85, 0.6, 0.7)[:3]),
-    "CPO noisy": (dict(stabilizer="noisy"), _pulls(1.5, 1.0)),
+    "CPO safeguard": (dict(stabilizer="safeguard") | DATA, _strengths(0.2, 0.6, 0.4)[:3]),
+    "CPO balance": (dict(stabilizer="balance") | DATA, _strengths(0.85, 0.6, 0.7)[:3]),
+    "CPO noisy": (dict(stabilizer="noisy", paint=0), _pulls(1.5, 1.0)),
 }
 SAMPLERS = {"base": ("base", "plain"), "auxiliary prompted": ("auxiliary", "prompted"),
             "auxiliary guided": ("auxiliary", "guided")}
@@ -85,13 +89,15 @@ COLUMNS, HEADER = ((("neg", 2), ("caption", 3), ("diversity", 3), ("frechet", 1)
 KNOBS = (1.0, 2.0)
 SEEN = (("nearest", 3), ("hue_gap", 2), ("hatched", 2))
 # of places: how many times longer, and the flags
-CONSTANT = dict(stabilizer="constant", strength=0.55)
-PLACES = {"winner": (1, dict(stabilizer="winner")), "winner, 4 times the steps":
-          (4, dict(stabilizer="winner")), "balance": (1, dict(stabilizer="balance")),
+CONSTANT = dict(stabilizer="constant", strength=0.55) | DATA
+PLACES = {"winner": (1, dict(stabilizer="winner") | DATA),
+          "winner, 4 times the steps": (4, dict(stabilizer="winner") | DATA),
+          "balance": (1, dict(stabilizer="balance") | DATA),
           "constant": (1, CONSTANT), "constant, 4 times the steps": (4, CONSTANT),
           "constant, no brake": (1, CONSTANT | dict(beta=1.0)),
           "constant, no brake, 4 times the steps": (4, CONSTANT | dict(beta=1.0)),
-          "constant, nothing unseen": (1, CONSTANT | dict(pairs="all"))}
+          "constant, nothing unseen": (1, CONSTANT | dict(pairs="all")),
+          "constant at the teacher's pictures": (1, CONSTANT | dict(paint=512, lean=0.7))}
 GUIDANCE = (1.0, 1.5, 2.0, 3.0, 4.0)
 
 
