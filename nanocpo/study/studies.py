@@ -6,7 +6,7 @@
         # CPO against what it extends; needs (or trains) OUT/base.pt, auxiliary.pt
     python -m nanocpo.study methods --data mixed --out out_mixed
         # the other data regime
-    python -m nanocpo.study speed | decoupling | annotation | gap | guidance
+    python -m nanocpo.study speed | decoupling | annotation | gap | guidance | critic
 
 A study is a list of runs (lab.py) and a table, a chart and a JSON file made of their results, in
 docs/results. Settings are chosen on validation seeds, by the rule in `choose` (decoupling: its
@@ -23,6 +23,7 @@ from ..train import BINS
 from ..utils.cli import above
 from .lab import OPTIMIZERS, Lab, changed
 from .plots import bar_chart, line_chart, matrix_chart
+from .second_opinion import critic
 
 # Every method's search: four settings. A first guess, another learning rate, another value of the
 # method's own knob; and a fourth where the best of these three lay at an edge.
@@ -434,7 +435,8 @@ stabilizer."""
     print(text)
 
 
-STUDIES = {f.__name__: f for f in (methods, speed, decoupling, annotation, gap, guidance, world)}
+STUDIES = {f.__name__: f for f in (methods, speed, decoupling, annotation, gap, guidance, world,
+                                    critic)}
 
 
 def add_study_flags(parser):
@@ -478,7 +480,7 @@ def check_flags(args):
                          "pictures at least")
     if args.study == "methods" and args.batch < 2:
         raise ValueError("--batch 1: half of it, a pair of pictures, is Diffusion-DPO's batch")
-    if args.only and args.study in ("gap", "guidance", "world"):
+    if args.only and args.study in ("gap", "guidance", "world", "critic"):
         raise ValueError(f"--only: {args.study} has no rows to choose from")
     if args.criteria and args.study == "gap":
         raise ValueError("--criteria: gap is measured on the whole tree")
