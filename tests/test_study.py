@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 import nanocpo.study.lab as lab
+import nanocpo.study.second_opinion as second_opinion
 import nanocpo.study.studies as study
 from nanocpo.diffusion import guide
 from nanocpo.model import Model, load_model
@@ -575,3 +576,36 @@ def test_charts_show_their_data(tmp_path):
     blue = (0x1f, 0x5f, 0xa8)
     assert (colour("a", blue) > 20 and colour("b", blue) > 1000 and colour("c", (205, 73, 82)) < 50
             and colour("c", (90, 136, 187)) > 500)
+
+
+def test_critic_is_compared_with_painter_and_networks(out, monkeypatch):
+    for name, small in (("STEPS", 60), ("COUNT", 200), ("HELD_OUT", 100)):
+        monkeypatch.setattr(second_opinion, name, small)
+    summary, text = run(out, "critic")
+    leaves = [leaf.name for leaf in from_painter(count=1).criteria.leaves]
+    assert summary["leaves"] == leaves and set(summary["samples"]) == {"base", "prompted", "guided"}
+    clean = summary["painter"]["clean"]
+    assert all(len(by) == len(leaves) + 1 for by in clean.values()) and min(clean["critic"]) > 0.95
+    # sixty steps teach the networks what is plainest to see
+    assert all(clean[name][leaves.index("Corners")] > 0.8 for name in ("first", "second"))
+    assert text.count("| leaf |") == 4 and "| Level |" in text
+
+
+def test_two_readers_agree_on_equal_verdicts():
+    signs = np.array([[1, -1], [1, 1]])
+    assert (second_opinion.agreement((signs, ["a", "b"]), (signs * [1, -1], ["a", "c"]))
+            == [1.0, 0.0, 0.5])
+
+
+def test_disturbances_of_the_networks_pictures():
+    x, noise = torch.zeros(400, 3, 32, 32), torch.Generator().manual_seed(0)
+    assert torch.equal(second_opinion.disturb(x, generator=noise), x)
+    blocks = second_opinion.disturb(x, blotches=0.06, generator=noise)
+    corners = blocks[..., ::4, ::4]
+    assert torch.equal(corners.repeat_interleave(4, 2).repeat_interleave(4, 3), blocks)
+    assert float(blocks.std()) == pytest.approx(0.12, rel=0.05)    # of the range 2 of a tensor
+    assert float(second_opinion.disturb(x, noise=0.03, generator=noise).std()) == pytest.approx(
+        0.06, rel=0.05)
+    edge = torch.where(torch.arange(32) < 16, -1.0, 1.0).expand(2, 3, 32, 32)
+    soft = second_opinion.disturb(edge, torch.tensor([0.6, 0.0]), generator=noise)
+    assert torch.equal(soft[1], edge[1]) and -0.9 < float(soft[0, 0, 5, 15]) < -0.3

@@ -6,7 +6,7 @@
         # CPO against what it extends; needs (or trains) OUT/base.pt, auxiliary.pt
     python -m nanocpo.study methods --data mixed --out out_mixed
         # the other data regime
-    python -m nanocpo.study speed | decoupling | annotation | gap | guidance
+    python -m nanocpo.study speed | decoupling | annotation | gap | guidance | critic
 
 A study is a list of runs (lab.py) and a table, a chart and a JSON file made of their results, in
 docs/results. Settings are chosen on validation seeds, by the rule in `choose` (decoupling: its
@@ -19,12 +19,13 @@ import numpy as np
 
 from ..losses import RULES
 from ..run.flags import parse_training
-from ..utils.log import BINS
 from ..utils.cli import SEED, above
+from ..utils.log import BINS
 from .lab import OPTIMIZERS, Lab, changed
 from .plots import bar_chart, line_chart, matrix_chart
+from .second_opinion import critic
 
-# Every method's search: a first guess, other learning rates, other values of the method's own knob.
+# Every method's search: a first guess, other learning rates, other values of its own knob.
 DPO = [dict(lr=6e-4, beta=200.0), dict(lr=2e-4, beta=200.0), dict(lr=6e-4, beta=1000.0),
        dict(lr=6e-4, beta=50.0)]
 DPO_WIDE = DPO + [dict(lr=1.2e-3, beta=200.0), dict(lr=6e-4, beta=200.0, apart=4),
@@ -650,7 +651,7 @@ stabilizer."""
 
 
 STUDIES = {f.__name__: f for f in (methods, pareto, places, speed, decoupling, axes, annotation,
-                                   gap, guidance, world)}
+                                   gap, guidance, world, critic)}
 
 
 def add_study_flags(parser):
@@ -708,7 +709,7 @@ def check_flags(args):
                          "is reported")
     if args.study == "methods" and args.batch < 2:
         raise ValueError("--batch 1: half of it, a pair of pictures, is Diffusion-DPO's batch")
-    if args.only and args.study in ("gap", "guidance", "world"):
+    if args.only and args.study in ("gap", "guidance", "world", "critic"):
         raise ValueError(f"--only: {args.study} has no rows to choose from")
     if args.criteria and args.study == "gap":
         raise ValueError("--criteria: gap is measured on the whole tree")

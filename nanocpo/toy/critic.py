@@ -1,8 +1,12 @@
 """The critic: from pixels alone to a caption, and to a score and a verdict for every leaf. No
 training, only image arithmetic (ours).
 
-It plays the paper's expert: it annotates what the models paint, and so #A_neg can be counted
-exactly. It undoes what lies over the picture (hatching, a bare corner, spatter), finds the layout
+It plays the paper's expert: it annotates what the models paint, so that #A_neg can be counted. On
+the painter's pictures that count is exact but for rare slips. What a model paints may lie between
+the two states of a leaf; there a threshold decides, and docs/results/critic.md compares the critic
+with two trained networks.
+
+The critic undoes what lies over the picture (hatching, a bare corner, spatter), finds the layout
 that explains the rest best (where is the horizon, which subject stands where), reads the colours
 of sky and ground, and then each leaf is one measure with one threshold. Each measure is turned
 into a *score* = (measure - threshold) / scale with the sign so that > 0 means positive and
@@ -19,7 +23,7 @@ from itertools import product
 import numpy as np
 
 from .painter import (CANVAS, CAPTIONS, FOREGROUND, HATCHING, LEAVES, SIZE, SUBJECTS, SUN_HEIGHT, X,
-                      Y, silhouette)
+                      Y, cover, silhouette)
 
 # measure: (threshold, distance from the threshold to a typical positive painting; negative where
 # less is better). Thresholds lie half-way between the two states of the painter's fresh paintings,
@@ -27,7 +31,7 @@ from .painter import (CANVAS, CAPTIONS, FOREGROUND, HATCHING, LEAVES, SIZE, SUBJ
 THRESHOLDS = {
     "Placement": (3.25, 3.25),      # pixels from the subject's middle to the picture's: on a third
                                     # 6.5, dead centre 0
-    "Level": (0.13, -0.13),         # |slope| of the horizon: level 0, tilted 0.30
+    "Level": (0.15, -0.15),         # |slope| of the horizon: level 0, tilted 0.30
     "Height": (18.5, 3.0),          # row of the horizon at the picture's middle: thirds 21.5,
                                     # halves 15.5
     "Harmony": (0.27, -0.14),       # turns between the two hues: analogous 0.13, clashing 0.42
@@ -38,12 +42,17 @@ THRESHOLDS = {
                                     # 0.31 to 0.38
     "Strokes": (0.12, -0.12),       # amplitude of the diagonal wave: hatched 0.27, under blur 0.18,
                                     # clean 0
-    "Edges": (0.45, 0.45),          # share of the horizon's step within two pixels: crisp 1,
-                                    # blurred 0.30
+    "Edges": (0.40, 0.40),          # where all edges lie from blurred (7 pixels wide: 0) to crisp (1
+                                    # pixel: 1, in a rough picture 0.55 at least); 4 pixels are 0.5
     "Gradation": (0.15, 0.12),      # 1 - top / horizon value of the sky: graded 0.36, even 0
-    "Spatter": (0.025, -0.025),     # area of small dark spots, the subject aside: some 0.08 or none
+    "Spatter": (0.0175, -0.0175),   # light that small dark spots take away, the subject aside: some
+                                    # 0.06, under blur 0.03, or none
     "Corners": (0.50, -0.50),       # share of canvas colour in the barer lower corner: all or none
 }
+
+
+# width in pixels of a crisp edge and of a blurred one, as the painter's
+SOFTNESS = 1.0, 7.0
 
 
 @dataclass
@@ -172,28 +181,63 @@ def _skyness(rgb, low, earth):
                      way / np.maximum((way ** 2).sum(1, keepdims=True), 1e-4))
 
 
-def refine_horizon(sky, below, free):
-    """How much lower than the layout's line the horizon lies at the picture's middle, and how much
-    steeper it is, each (N,).
+@cache
+def _lines():
+    """Every line that is looked for once the layout is known: heights and slopes (K,), and how much
+    of each pixel is sky, crisp and blurred (2, K, 1024)."""
+    height, slope = np.array(list(product(np.arange(11, 26.1, 0.5),
+                                          np.linspace(-0.45, 0.45, 19)))).T
+    line = height[:, None, None] + slope[:, None, None] * (X - SIZE / 2)
+    below = (Y - line) / np.hypot(1, slope)[:, None, None]
+    return height, slope, np.stack([cover(below, soft).reshape(len(height), -1)
+                                    for soft in SOFTNESS]).astype(np.float32)
 
-    In every column that the subject leaves free, sky that reaches k pixels under the line adds k,
-    blurred or not; then a line through these numbers. sky, below, free (N, 32, 32): skyness, pixels
-    under the line, whether the subject is far."""
-    near = np.abs(below) < 6.5
-    lower = np.where(near, np.clip(sky, -0.5, 1.5) - (below < 0), 0).sum(1)          # (N, 32)
-    weight = (free | ~near).all(1) + 1e-9                                 # columns
+
+def fit_horizon(sky, seen):
+    """Height and slope of the horizon, each (N,): the mean over all lines, weighted by how well
+    each explains the picture.
+
+    Every visible pixel has a say, so a wide subject that leaves few columns free costs little; and
+    a pixel far from the line is sky (or ground) to all of them, so its roughness tilts none.
+    sky, seen (N, 32, 32): skyness; whether a pixel is near the horizon and not the subject's."""
+    height, slope, shapes = _lines()
+    sky = np.clip(sky, -0.5, 1.5)
+    sky, seen = (x.reshape(len(x), -1).astype(np.float32) for x in (sky, seen))
+    # squared, up to what is the same for every line
+    error = np.concatenate([seen @ (shape ** 2).T - 2 * (seen * sky) @ shape.T
+                            for shape in shapes], 1)                      # (N, 2 K)
+    weight = np.exp((error.min(1, keepdims=True) - error) / 0.5)
     weight /= weight.sum(1, keepdims=True)
-    x = np.arange(SIZE) - SIZE / 2 - (weight * (np.arange(SIZE) - SIZE / 2)).sum(1, keepdims=True)
-    steeper = (weight * x * lower).sum(1) / (weight * x ** 2).sum(1)
-    return (weight * lower).sum(1) + steeper * x[:, SIZE // 2], steeper
+    return weight @ np.tile(height, 2), weight @ np.tile(slope, 2)
 
 
-def _sharpness(sky, below, free):
-    """Share of the step from sky to ground that falls within two pixels of the horizon, (N,), the
-    subject left out."""
-    profile = np.stack([_colour(sky[..., None], free & (np.abs(below - k) <= 0.5))[:, 0]
-                        for k in range(-3, 4)], 1)                # (N, 7)
-    return (profile[:, :-2] - profile[:, 2:])[:, 1:-1].max(1)     # the line may be off by a pixel
+def repaint(rgb, seen, height, slope, parts, soft):
+    """The picture (N, 1024, 3) closest to rgb (N, 32, 32, 3) that a painter could paint with this
+    layout and edges `soft` pixels wide, if the colours of sky (at the top and at the horizon),
+    ground, light and dark part were free: least squares.
+
+    seen (N, 32, 32): which pixels count; parts (N, 2, 32, 32): the subject's signed distances."""
+    horizon = height[:, None, None] + slope[:, None, None] * (X - SIZE / 2)
+    ground = cover((horizon - Y) / np.hypot(1, slope)[:, None, None], soft)
+    dark, light = cover(parts[:, 0], soft), cover(parts[:, 1], soft)
+    depth, behind = np.clip(Y / (horizon - 5), 0, 1), (1 - light) * (1 - dark)
+    sky = (1 - ground) * behind
+    areas = np.stack([sky * (1 - depth), sky * depth, ground * behind, light * (1 - dark), dark], 3)
+    areas = areas.reshape(len(rgb), -1, 5)
+    counted = (areas * seen.reshape(len(rgb), -1, 1)).swapaxes(1, 2)
+    # 0.01: a subject may lack a part
+    colours = np.linalg.solve(counted @ areas + 0.01 * np.eye(5),
+                              counted @ rgb.reshape(len(rgb), -1, 3))
+    return areas @ colours
+
+
+def _crispness(rgb, seen, *layout):
+    """Where a picture lies on the way from its best blurred repainting (0) to its best crisp one
+    (1), (N,): every edge is asked, the subject's too. Arguments: as of `repaint`."""
+    crisp, blurred = (repaint(rgb, seen, *layout, soft) for soft in SOFTNESS)
+    way = (crisp - blurred) * seen.reshape(len(rgb), -1, 1)
+    share = ((rgb.reshape(blurred.shape) - blurred) * way).sum((1, 2))
+    return share / np.maximum((way ** 2).sum((1, 2)), 1e-6)
 
 
 def measure(images):
@@ -209,17 +253,16 @@ def measure(images):
     # and here no spatter either
     clean = np.stack([remove_specks(rgb[..., c]) for c in range(3)], 3)
     height, slope, kind, place = find_layout(clean)
-    free = np.stack([np.minimum(*subject_at(int(k), p, h))
-                     for k, p, h in zip(kind, place, height)]) > 3        # far from the subject
+    parts = np.stack([subject_at(int(k), p, h) for k, p, h in zip(kind, place, height)])
+    free = parts.min(1) > 3                                                  # far from the subject
     for _ in range(2):              # colours from the layout's line, a better line from them
         below = Y - (height[:, None, None] + slope[:, None, None] * (X - SIZE / 2))
         low, earth = (_colour(clean, free & (below < -3) & (below > -7)),
                       _colour(clean, free & (below > 3)))
-        sky = _skyness(clean, low, earth)
-        lower, steeper = refine_horizon(sky, below, free)
-        height, slope = height + lower, slope + steeper
+        height, slope = fit_horizon(_skyness(clean, low, earth),
+                                    (parts.min(1) > 2) & (np.abs(below) < 8))
     out["Height"], out["Level"], out["Placement"] = height, np.abs(slope), np.abs(place - SIZE / 2)
-    out["Edges"] = _sharpness(sky, below, free)
+    out["Edges"] = _crispness(clean, ~bare, height, slope, parts)
     top = _colour(clean, free & (Y < 2))
     (sky_hue, sky_rich), (ground_hue, ground_rich) = _hue_saturation(low), _hue_saturation(earth)
     turn = np.abs(sky_hue - ground_hue)
@@ -229,8 +272,11 @@ def measure(images):
     out["Contrast"] = 1 - earth.max(1) / np.maximum(low.max(1), 0.02)
     out["Gradation"] = 1 - top.max(1) / np.maximum(low.max(1), 0.02)
     free &= ~bare
-    specks = free & (1 - value / np.maximum(clean.max(3), 0.02) > 0.3)       # dark and small
-    out["Spatter"] = specks.sum((1, 2)) / free.sum((1, 2))
+    light = clean.max(3)
+    lost = 1 - value / np.maximum(light, 0.02)          # to small spots; a little is roughness
+    # seen by its light: on dark ground noise is as deep as a spot
+    out["Spatter"] = ((light * lost * (lost > 0.3) * free).sum((1, 2))
+                      / np.maximum((light * free).sum((1, 2)), 0.02))
     return out, [CAPTIONS[int(k)] for k in kind]
 
 

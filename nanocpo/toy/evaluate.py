@@ -1,8 +1,9 @@
 """Count what a model paints: #A_neg and #A_pos (negative and positive attributes in a picture),
 caption accuracy, diversity, Fréchet distance; all by the critic, from pixels.
 
-This is exact because the critic knows the painter. What can be said of real pictures is in
-nanocpo/sd/report.py.
+The critic knows the painter, so the count is all but exact on the painter's pictures. What a model
+paints may lie between two states: how far two trained networks agree there is in
+docs/results/critic.md. What can be said of real pictures is in nanocpo/sd/report.py.
 """
 import colorsys
 from functools import cache
