@@ -21,6 +21,7 @@ from ..losses import RULES
 from ..run.flags import parse_training
 from ..utils.cli import SEED, above
 from ..utils.log import BINS
+from .expert import expert
 from .lab import OPTIMIZERS, Lab, changed
 from .plots import bar_chart, line_chart, matrix_chart
 from .second_opinion import critic
@@ -651,7 +652,7 @@ stabilizer."""
 
 
 STUDIES = {f.__name__: f for f in (methods, pareto, places, speed, decoupling, axes, annotation,
-                                   gap, guidance, world, critic)}
+                                   gap, guidance, world, critic, expert)}
 
 
 def add_study_flags(parser):
@@ -709,7 +710,7 @@ def check_flags(args):
                          "is reported")
     if args.study == "methods" and args.batch < 2:
         raise ValueError("--batch 1: half of it, a pair of pictures, is Diffusion-DPO's batch")
-    if args.only and args.study in ("gap", "guidance", "world", "critic"):
+    if args.only and args.study in ("gap", "guidance", "world", "critic", "expert"):
         raise ValueError(f"--only: {args.study} has no rows to choose from")
     if args.criteria and args.study == "gap":
         raise ValueError("--criteria: gap is measured on the whole tree")
