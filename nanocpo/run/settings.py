@@ -113,10 +113,9 @@ class CPO:
     # the early checkpoint is often the better one
     steps: int = setting(150, "steps of stage 2", type=above(0))
     lr: float = setting(1.2e-3, "learning rate of stage 2 (AdamW)", type=above(0, float))
-    # at the data's pictures 0.4: where little of them is left to contradict the prompt
-    lean: float | None = setting(None, "cpo and esd train at t = T u^lean, u uniform; default: 0.7 "
-                                 "for pictures that the auxiliary painted (--paint), 0.4 with "
-                                 "--criteria and for the data's", more=True, type=above(0, float))
+    # where little of the training picture is left to contradict the prompt
+    lean: float = setting(0.4, "cpo and esd train at t = T u^lean, u uniform", more=True,
+                          type=above(0, float))
     name: str = setting("target", "name of the checkpoint, its log and its report row",
                         decides=False)
 
@@ -136,8 +135,7 @@ class CPO:
             paint = 0 if self.method not in TEACHES else 1024 if self.criteria else 512
         return replace(self, stabilizer=rule, beta=beta if self.beta is None else self.beta,
                        strength=strength if self.strength is None else self.strength,
-                       paint=paint,
-                       lean=self.lean or (0.7 if paint and not self.criteria else 0.4))
+                       paint=paint)
 
     @property
     def teaches(self):

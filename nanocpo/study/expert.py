@@ -40,8 +40,8 @@ def expert(lab):
                for name, shares in rows.items())]
     text = "\n".join("| " + " | ".join(line) + " |" for line in lines)
     about = (f"Share of right verdicts in %, {count} pictures; 50 is chance. Without calibration "
-             "the cut is at 0. Prompts: the caption and one leaf. `python -m nanocpo.study expert`, "
-             f"base and auxiliary of seed {args.seed}.")
+             "the cut is at 0. Prompts: the caption and one leaf. `python -m nanocpo.study "
+             f"expert`, base and auxiliary of seed {args.seed}.")
     folder = Path(args.results)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "expert.json").write_text(json.dumps({"leaves": names, "rows": rows}, indent=1),

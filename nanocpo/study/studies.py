@@ -99,7 +99,7 @@ PLACES = {"winner": (1, dict(stabilizer="winner") | DATA),
           "constant, no brake": (1, CONSTANT | dict(beta=1.0)),
           "constant, no brake, 4 times the steps": (4, CONSTANT | dict(beta=1.0)),
           "constant, nothing unseen": (1, CONSTANT | dict(pairs="all")),
-          "constant at the teacher's pictures": (1, CONSTANT | dict(paint=512, lean=0.7))}
+          "constant at the teacher's pictures": (1, CONSTANT | dict(paint=512))}
 GUIDANCE = (1.0, 1.5, 2.0, 3.0, 4.0)
 
 
