@@ -379,14 +379,14 @@ def test_charts_show_their_data(tmp_path):
 
 
 def test_critic_is_compared_with_painter_and_networks(out, monkeypatch):
-    for name, small in (("STEPS", 60), ("COUNT", 200), ("HELD_OUT", 100)):
+    for name, small in (("STEPS", 40), ("COUNT", 200), ("HELD_OUT", 60)):
         monkeypatch.setattr(second_opinion, name, small)
     summary, text = run(out, "critic")
     leaves = [leaf.name for leaf in from_painter(count=1).criteria.leaves]
     assert summary["leaves"] == leaves and set(summary["samples"]) == {"base", "prompted", "guided"}
     clean = summary["painter"]["clean"]
     assert all(len(by) == len(leaves) + 1 for by in clean.values()) and min(clean["critic"]) > 0.95
-    # sixty steps teach the networks what is plainest to see
+    # forty steps teach the networks what is plainest to see
     assert all(clean[name][leaves.index("Corners")] > 0.8 for name in ("first", "second"))
     assert text.count("| leaf |") == 4 and "| Level |" in text
 
