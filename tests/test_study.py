@@ -468,10 +468,14 @@ def test_interval_over_seeds_by_hand():
 
 def test_choice_of_a_setting():
     """The fewest negatives among those that keep the caption; a broken model with fewer still does
-    not win."""
-    results = [{"row": {"neg": n, "caption": c}} for n, c in ((3.0, 0.95), (2.0, 0.93), (1.0, 0.6))]
-    assert (study.choose(results, 0.95) == 1 and study.choose(results, 0.5) == 2
-            and study.choose(results, 0.99) == 0)
+    not win. Where #A_neg does not decide, the Fréchet distance does."""
+    def results(*rows):
+        return [{"row": dict(zip(("neg", "caption", "frechet"), row))} for row in rows]
+    three = results((3.0, 0.95, 1), (2.0, 0.93, 9), (1.0, 0.6, 5))
+    assert (study.choose(three, 0.95) == 1 and study.choose(three, 0.5) == 2
+            and study.choose(three, 0.99) == 0)
+    close = results((0.1, 1.0, 3.0), (0.18, 1.0, 1.0), (0.21, 1.0, 0.5), (0.1, 0.9, 0.1))
+    assert study.choose(close, 1.0) == 1
 
 
 def fake(neg, **more):
@@ -586,14 +590,14 @@ def test_charts_show_their_data(tmp_path):
 
 
 def test_critic_is_compared_with_painter_and_networks(out, monkeypatch):
-    for name, small in (("STEPS", 60), ("COUNT", 200), ("HELD_OUT", 100)):
+    for name, small in (("STEPS", 40), ("COUNT", 200), ("HELD_OUT", 60)):
         monkeypatch.setattr(second_opinion, name, small)
     summary, text = run(out, "critic")
     leaves = [leaf.name for leaf in from_painter(count=1).criteria.leaves]
     assert summary["leaves"] == leaves and set(summary["samples"]) == {"base", "prompted", "guided"}
     clean = summary["painter"]["clean"]
     assert all(len(by) == len(leaves) + 1 for by in clean.values()) and min(clean["critic"]) > 0.95
-    # sixty steps teach the networks what is plainest to see
+    # forty steps teach the networks what is plainest to see
     assert all(clean[name][leaves.index("Corners")] > 0.8 for name in ("first", "second"))
     assert text.count("| leaf |") == 4 and "| Level |" in text
 

@@ -42,8 +42,8 @@ THRESHOLDS = {
                                     # 0.31 to 0.38
     "Strokes": (0.12, -0.12),       # amplitude of the diagonal wave: hatched 0.27, under blur 0.18,
                                     # clean 0
-    "Edges": (0.40, 0.40),          # where all edges lie from blurred (7 pixels wide: 0) to crisp (1
-                                    # pixel: 1, in a rough picture 0.55 at least); 4 pixels are 0.5
+    "Edges": (0.40, 0.40),          # where all edges lie from blurred (7 pixels wide: 0) to crisp
+                                    # (1 pixel: 1, in a rough picture 0.55 or more); 4 pixels: 0.5
     "Gradation": (0.15, 0.12),      # 1 - top / horizon value of the sky: graded 0.36, even 0
     "Spatter": (0.0175, -0.0175),   # light that small dark spots take away, the subject aside: some
                                     # 0.06, under blur 0.03, or none
