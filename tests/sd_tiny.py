@@ -137,6 +137,7 @@ def pipeline(kind, folder, scheduler=None):
 def tiny(xl=False, cache=None, zeros=True, dtype=torch.float32, seed=0, checkpointing=False):
     """A random model without any file or oracle: 48 x 48 pictures have 6 x 6 latents."""
     from nanocpo.sd.clip import CLIP, CLIPConfig
+    from nanocpo.sd.names import PRESETS
     from nanocpo.sd.model import Backbone, SDModel
     from nanocpo.sd.tokenizer import Tokenizer
     from nanocpo.sd.vae import VAE, VAEConfig
@@ -151,9 +152,9 @@ def tiny(xl=False, cache=None, zeros=True, dtype=torch.float32, seed=0, checkpoi
                       groups=4, context_dim=24 if xl else 12, vector_dim=10 + 6 * 4 if xl else None,
                       size_dim=4 if xl else None)
     parts = Parts(UNet(unet), VAE(VAEConfig(channels=(4, 4, 8, 8), layers=1, groups=2)), encoders,
-                  [tokenizer] * len(encoders), diffusion_config({
-                      "_class_name": "EulerDiscreteScheduler" if xl else "PNDMScheduler"}),
-                  xl and zeros)
+                  [tokenizer] * len(encoders),
+                  diffusion_config(PRESETS["xl" if xl else "1"]["scheduler"]), xl and zeros,
+                  version="xl" if xl else "1")
     for part in (parts.unet, parts.vae, *parts.encoders):
         perturb(part.to(dtype)).requires_grad_(False)
     return SDModel(Backbone(parts, cache=cache, size=(48, 48), checkpointing=checkpointing))

@@ -104,6 +104,21 @@ def test_pictures_that_browsers_do_not_show_are_named(folder, capsys):
             "save them as PNG" in capsys.readouterr().out)
 
 
+def test_captions_of_other_programs_are_taken_over(folder):
+    """A .txt beside the picture, `text` in the line, and without lines metadata.csv."""
+    criteria = Criteria.load(folder / "criteria.json")
+    (folder / "a.txt").write_text("from the side\n")
+    (folder / "metadata.jsonl").write_text(json.dumps(
+        {"file_name": "sub\\d.PNG", "text": "from the line", "artist": "me"}))
+    rows = collect(folder, criteria)
+    assert [row["caption"] for row in rows] == ["from the side", "", "from the line"]
+    # what the page saves has one caption
+    assert rows[2]["other"] == {"artist": "me"}
+    (folder / "metadata.jsonl").unlink()
+    (folder / "metadata.csv").write_text('file_name,text\nsub/d.PNG,"a, b"\n', encoding="utf-8")
+    assert [row["caption"] for row in collect(folder, criteria)] == ["from the side", "", "a, b"]
+
+
 def test_a_folder_without_pictures_is_an_error(tmp_path):
     with pytest.raises(DataError, match="no picture in it"):
         main([str(tmp_path)])

@@ -112,4 +112,5 @@ def parse_sampling(description, argv):
                          for part in (toy, Weights()))
     with _told(parser):
         weights.check()
+        sampling.check()
     return sampling, weights

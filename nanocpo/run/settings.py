@@ -7,6 +7,7 @@ Those of Stable Diffusion are not tuned on real weights.
 """
 import re
 from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
 
 from ..losses import RULES
 from ..utils.cli import above
@@ -65,6 +66,9 @@ class SFT:
     # hue and subject are decided at the noisy end
     sft_lean: float = setting(0.7, "timesteps are T u^lean, u uniform (also for --method dpo and "
                               "sft)", more=True, type=above(0, float))
+    min_snr: float | None = setting(None, "largest signal-to-noise ratio that supervised training "
+                                    "weighs a timestep with (Min-SNR; 5 is usual); default: no "
+                                    "weights", more=True, type=above(0, float))
 
 
 @dataclass(frozen=True)
@@ -159,8 +163,11 @@ class Weights:
     weights: str | None = setting(None, "Stable Diffusion 1, 2 or XL instead of the toy: a folder "
                                   "in diffusers' layout, or a .safetensors or .ckpt file (its own "
                                   "flags: --help --weights X)", decides=False)
-    lora: str | None = setting(None, "an adapter: in train_cpo.py the ready auxiliary, in sample.py"
-                               " what to paint with", decides=False)
+    lora: list | None = setting(None, "adapters, FILE or FILE:STRENGTH: in train_cpo.py the ready "
+                                "auxiliary, in sample.py what to paint with", decides=False,
+                                nargs="+")
+    vae: str | None = setting(None, "another VAE: a file, or a folder with one (the latents, which "
+                              "are part of the data, tell)", decides=False)
     config: str | None = setting(None, "single file: a folder in diffusers' layout whose configs "
                                  "and tokenizer to use", decides=False)
     tokenizer: str | None = setting(None, "single file: merges.txt, tokenizer.json or a folder with"
@@ -169,6 +176,8 @@ class Weights:
                                   decides=False)
     prediction: str | None = setting(None, "what the model predicts, if its files do not say "
                                      "(single file of SD 2)", choices=["eps", "v"])
+    zero_snr: str | None = setting(None, "whether the noise levels end in pure noise (zero-terminal"
+                                   " SNR), if the files do not say", choices=["yes", "no"])
     dtype: str = setting("float32", "of the frozen base (--bf16: bfloat16); float16 is for sampling"
                          " only", choices=["float32", "bfloat16", "float16"])
     resolution: int | None = setting(None, "side of a square picture, other shapes have about the "
@@ -178,6 +187,8 @@ class Weights:
     rank: int = setting(8, "of the adapters", type=above(0))
     checkpointing: bool = setting(False, "recompute activations: less memory, more time",
                                   decides=False)
+    prompts: str | None = setting(None, "file with a prompt a line for the sample grids of training "
+                                  "(--sample-every)", decides=False)
     no_cache: bool = setting(False, "do not keep latents and encoded prompts in OUT/cache",
                              decides=False)
 
@@ -185,6 +196,8 @@ class Weights:
         """Raises ValueError on values that do not go together."""
         if self.lora and not self.weights:
             raise ValueError("--lora needs --weights: an adapter is nothing without its base")
+        if self.prompts and not self.weights:
+            raise ValueError("--prompts needs --weights: the toy knows the captions of its data only")
 
 
 @dataclass(frozen=True)
@@ -235,14 +248,24 @@ class Sampling:
                              nargs="+")
     negative: list = setting((), "attributes to list as bad; with guidance, to move away from",
                              nargs="+")
-    guidance: float = setting(1.0, "1: none", type=float)
+    guidance: float = setting(1.0, "1: none (with --weights also less)", type=float)
     count: int = setting(4, "pictures for each caption", type=above(0))
     steps: int = setting(12, "sampling steps", type=int)
     eta: float = setting(0.0, "0: DDIM; 1: as much noise as DDPM", type=float)
     seed: int = setting(0, "of the noise", type=above(-1))
+    width: int | None = setting(None, "of a picture, with --weights; default: --resolution",
+                                type=above(0))
+    height: int | None = setting(None, "the same", type=above(0))
     judge: bool = setting(False, "write the critic's verdict under each picture")
     device: str = setting("auto", "auto, cpu, cuda, mps", type=pick_device)
-    out: str = setting("samples.png", "the grid")
+    out: str = setting("samples.png", "the grid; with --weights the pictures lie beside it")
+
+    def check(self):
+        """Raises ValueError on what could not be written, before anything is painted."""
+        file = Path(self.out)
+        if file.is_dir() or file.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
+            raise ValueError(f"--out {self.out}: name the picture of the grid, for example "
+                             f"{(file if file.is_dir() else file.parent) / 'samples.png'}")
 
 
 SAMPLING = {"toy": Sampling(), "stable diffusion": Sampling(guidance=7.5, steps=30, count=1)}
