@@ -144,16 +144,23 @@ box.onclick({ clientX: box.getBoundingClientRect().left + share * box.offsetWidt
 const open_at = picture;
 const before = { progress: document.getElementById("count").textContent, metadata: metadata(), \
 shown: document.getElementById("where").textContent };
+const image = document.getElementById("picture"), rendering = [[32, 400], [300, 400]].map(
+  ([natural, shown]) => {
+    for (const [name, value] of [["naturalWidth", natural], ["clientWidth", shown]])
+      Object.defineProperty(image, name, { value, configurable: true });
+    image.onload();
+    return image.style.imageRendering;
+  });
 ACTIONS
 document.body.innerHTML = "<pre id=result></pre>";
 document.getElementById("result").textContent = encodeURIComponent(JSON.stringify({ before, \
-after: metadata(), kept: localStorage.getItem(key), picture, open_at }));
+after: metadata(), kept: localStorage.getItem(key), picture, open_at, rendering }));
 """
 # as much of a browser as the page needs, for machines with node only: it draws nothing
 STUB = """
 const fs = require("fs"), made = {}, \
 storage = fs.existsSync(STORAGE) ? JSON.parse(fs.readFileSync(STORAGE)) : {};
-const Element = () => ({ children: [], value: "", textContent: "", \
+const Element = () => ({ children: [], style: {}, value: "", textContent: "", \
 append(e) { this.children.push(e); }, blur() {}, focus() {}, offsetWidth: 100,
   getBoundingClientRect: () => ({ left: 40 }), getAttribute() { return this.src; }, \
 querySelector: () => ({ scrollIntoView() {} }) });
@@ -211,6 +218,7 @@ def test_annotating(folder, tmp_path_factory, run):
         press("ArrowRight"); press("0"); press("ArrowRight"); press("n"); press("ArrowUp"); """
               """click(2, 0.1); click(1, 0.9); click(1, 0.5);
     """, profile)
+    assert got["rendering"] == ["pixelated", "auto"]      # 32 pixels enlarged to 400, and 300
     assert (got["before"]["progress"] == "1 of 3 done"
             and got["before"]["shown"].startswith("1 / 3") and got["picture"] == 2)
     original = (folder / "metadata.jsonl").read_text()

@@ -15,7 +15,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 from ..criteria import Criteria
-from ..utils.cli import command
+from ..utils.cli import Parser, command
 from .reading import DataError, caption_of, find_picture, folder_criteria, lines
 
 PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp"}
@@ -93,8 +93,8 @@ def page(folder, criteria):
 
 def main(argv=None):
     """Write FOLDER/annotate.html; returns its path."""
-    parser = argparse.ArgumentParser(description=main.__doc__,
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = Parser(description=main.__doc__,
+                    formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("folder",
                         help="folder with pictures, and perhaps metadata.jsonl and criteria.json")
     parser.add_argument("--tree",

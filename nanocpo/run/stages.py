@@ -136,7 +136,7 @@ def everything(world, steps, lr, made_of):
 
 def min_snr(diffusion, t, gamma):
     """Weights (B,) of the error at timesteps t: min(SNR_t, gamma) of the picture's, whatever is
-    predicted (2303.09556; E22)."""
+    predicted (2303.09556; docs/derivation.md, section 10)."""
     if diffusion.prediction not in ("eps", "v"):
         raise ValueError(f"--min-snr knows models of eps and v, not of {diffusion.prediction}")
     alpha_bar = diffusion.alpha_bar[t]
