@@ -199,9 +199,9 @@ def write_pictures(folder, count=12):
     (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def files(folder):
+def files(folder, kind="sd1"):
     """(folder of tiny weights, folder of pictures, diffusers' pipeline)."""
-    pipe = pipeline("sd1", folder / "weights")
+    pipe = pipeline(kind, folder / "weights")
     write_pictures(folder / "pictures")
     return folder / "weights", folder / "pictures", pipe
 

@@ -82,7 +82,8 @@ def test_held_out_pictures_are_chosen_by_content():
     # where nothing would be left to train on, all is
     assert parts([out, out])["train"] == {out}
     assert parts([out, min(whole["train"])])["test"] == {out}
-    data = LatentPaintings(None, np.arange(3), list("abc"), np.zeros((3, 1)), digests=("1", "2", "3"))
+    data = LatentPaintings(None, np.arange(3), list("abc"), np.zeros((3, 1)),
+                           digests=("1", "2", "3"))
     assert data.take([2, 0]).digests == ("3", "1")
 
 

@@ -272,8 +272,8 @@ def test_learned_words_are_tokens_of_their_own(file, tmp_path):
     assert {size, size + 1} <= set(both[0]("a <cat-toy> Zorn"))
     if file == "tokenizer_config.json":
         (tmp_path / "added_tokens.json").write_text(json.dumps({"Zorn": size + 5}))
-        with pytest.raises(ValueError, match=f"'Zorn' is token {size + 5} in one file .* {size + 1} "
-                                             "in another"):
+        with pytest.raises(ValueError, match=f"'Zorn' is token {size + 5} in one .* {size + 1} in "
+                                             "another"):
             Tokenizer.load(tmp_path)
 
 

@@ -3,7 +3,9 @@ what is used again and what is refused."""
 import functools
 import hashlib
 import json
+import shlex
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,6 +18,7 @@ import train_cpo
 import train_sft
 from sd_tiny import moved, tiny
 from nanocpo.criteria import Criteria, Prompt
+from nanocpo.folder import annotate
 from nanocpo.run import stages
 from nanocpo.run.flags import parse_sampling, parse_training
 from nanocpo.run.settings import STABLE_DIFFUSION, Weights
@@ -302,6 +305,46 @@ def test_both_stages_end_to_end_and_diffusers_paints_the_same(files, tmp_path, c
                      height=64, width=64, output_type="np").images
         assert (ours.shape == (1, 64, 64, 3) and np.abs(theirs * 255 - ours).max() <= 1
                 and np.abs(theirs - plain).max() > 0.02)
+
+
+@pytest.mark.parametrize("kind", ["sd1", "sdxl"])
+def test_the_commands_of_the_documentation_run_as_they_stand(kind, tmp_path, monkeypatch):
+    """With tiny files under the names that they give, and few steps; the adapters of XL are then
+    known to other programs."""
+    pytest.importorskip("diffusers"), pytest.importorskip("safetensors")
+    from safetensors import safe_open
+    made = sd_tiny.files(tmp_path / "made", kind)
+    monkeypatch.chdir(tmp_path)
+    made[0].rename("sd15"), made[1].rename("paintings")
+    listing = (tmp_path / "paintings" / "metadata.jsonl")
+    rows = listing.read_text()
+    text = (Path(__file__).parent.parent / "docs" / "stable_diffusion.md").read_text("utf-8")
+    block = text.split("## The commands")[1].split("```")[1].replace("\\\n", " ")
+    commands = [shlex.split(line) for line in block.splitlines() if line.startswith("python ")]
+    assert [command[1] for command in commands] == ["-m", "train_sft.py", "train_cpo.py",
+                                                    "sample.py"]
+    few = {"train_sft.py": ["--sft-steps", "1", "--bucket-step", "16", "--resolution", "64"],
+           "sample.py": ["--steps", "1", "--resolution", "64"]}
+    few["train_cpo.py"] = few["train_sft.py"] + ALIGN
+    mains = {"train_sft.py": train_sft.main, "train_cpo.py": train_cpo.main,
+             "sample.py": sample.main}
+    for command in commands:
+        flags = [{"cuda": "cpu"}.get(word, word) for word in command[2:]]
+        if command[1] == "-m":
+            assert flags[0] == "nanocpo.folder.annotate"
+            annotate.main(flags[1:])
+        else:
+            mains[command[1]](flags + few[command[1]])
+    assert (tmp_path / "paintings" / "annotate.html").is_file() and listing.read_text() == rows
+    assert Image.open("samples_0.png").size == (64, 64)
+    for name in ("auxiliary", "target"):
+        with safe_open(f"out_sd/{name}_kohya.safetensors", "pt") as file:
+            told, keys = file.metadata(), list(file.keys())
+        assert told["ss_output_name"] == name and told["ss_network_dim"] == "8"
+        assert ("modelspec.trigger_phrase" in told) == (name == "auxiliary")
+        assert told["ss_base_model_version"] == {"sd1": "sd_v1", "sdxl": "sdxl_base_v1-0"}[kind]
+        assert any("unet_mid_block" in key for key in keys) == (kind == "sd1")
+        assert any("unet_middle_block_1_" in key for key in keys) == (kind == "sdxl")
 
 
 # ---- stage 2 as train_cpo.py runs it, on random latents

@@ -187,7 +187,7 @@ class Weights:
     rank: int = setting(8, "of the adapters", type=above(0))
     checkpointing: bool = setting(False, "recompute activations: less memory, more time",
                                   decides=False)
-    prompts: str | None = setting(None, "file with a prompt a line for the sample grids of training "
+    prompts: str | None = setting(None, "file with a prompt a line for the grids of training "
                                   "(--sample-every)", decides=False)
     no_cache: bool = setting(False, "do not keep latents and encoded prompts in OUT/cache",
                              decides=False)
@@ -197,7 +197,7 @@ class Weights:
         if self.lora and not self.weights:
             raise ValueError("--lora needs --weights: an adapter is nothing without its base")
         if self.prompts and not self.weights:
-            raise ValueError("--prompts needs --weights: the toy knows the captions of its data only")
+            raise ValueError("--prompts needs --weights: the toy knows its data's captions only")
 
 
 @dataclass(frozen=True)

@@ -85,7 +85,7 @@ def ready(world, name, base, start, steps, lr, loss_step, made_of, exactly=False
     if stored is None:
         return train(world, name, start(), steps, lr, loss_step, made_of)[0]
     file, model, was = stored
-    if settings.common.resume and was and was["steps"] < steps:
+    if world.settings.common.resume and was and was.get("steps", steps) < steps:
         flag = "--base-steps" if name == "base" else "--sft-steps"
         raise ValueError(f"{file} is finished after {was['steps']} steps, and what is finished is "
                          f"not made longer; {flag} {was['steps']} uses it as it is, and if you "

@@ -159,8 +159,8 @@ OTHERS = {"conditioner.embedders.0.model.": "the XL refiner, which only finishes
 
 def split(state, where):
     """A checkpoint -> ({part: its tensors under our names}, their configurations, "1", "2" or
-    "xl"). Raises WeightsError on what is something else, by name. An average of the UNet's weights (model_ema.)
-    is left alone: what the file calls its model is taken, as diffusers does."""
+    "xl"). Raises WeightsError on what is something else, by name. An average of the UNet's weights
+    (model_ema.) is left alone: what the file calls its model is taken, as diffusers does."""
     has = lambda prefix: any(name.startswith(prefix) for name in state)
     for prefix, what in OTHERS.items():
         if has(prefix):

@@ -202,8 +202,8 @@ def settle(config, marked, flags, where):
                                f"and a flag {flags[key]!r}; leave the flag out")
     for key, value in (marked | flags).items():
         if key in config and config[key] != value:
-            say(f"{where}: {key} is {value!r}, as {'a flag' if key in flags else 'the weights file'}"
-                f" says, and not {config[key]!r}")
+            who = "a flag" if key in flags else "the weights file"
+            say(f"{where}: {key} is {value!r}, as {who} says, and not {config[key]!r}")
     return config | marked | flags
 
 
