@@ -18,6 +18,7 @@ import train_cpo
 import train_sft
 from sd_tiny import moved, tiny
 from nanocpo.criteria import Criteria, Prompt
+from nanocpo.diffusion import Diffusion
 from nanocpo.folder import annotate
 from nanocpo.run import stages
 from nanocpo.run.flags import parse_sampling, parse_training
@@ -362,6 +363,15 @@ def opened(monkeypatch):
     monkeypatch.setattr(world, "open_base", lambda *asked: base)
     monkeypatch.setattr(world, "load_latents", lambda *asked: data)
     return data, base
+
+
+def test_the_record_tells_zero_terminal_snr(opened, tmp_path):
+    """An adapter that was trained to other noise levels is not used silently."""
+    def told(zero_snr):
+        opened[1].backbone.parts.diffusion = Diffusion("scaled_linear", "v", zero_snr=zero_snr)
+        flags = ["--weights", "unused", "--device", "cpu", "--out", str(tmp_path)]
+        return StableDiffusion(parse_training("", flags, ("common",))).sources()["prediction"]
+    assert (told(False), told(True)) == ("v", "v with zero-terminal SNR")
 
 
 def test_each_part_of_the_data_has_its_use(opened, tmp_path, monkeypatch):

@@ -177,7 +177,8 @@ class Weights:
     prediction: str | None = setting(None, "what the model predicts, if its files do not say "
                                      "(single file of SD 2)", choices=["eps", "v"])
     zero_snr: str | None = setting(None, "whether the noise levels end in pure noise (zero-terminal"
-                                   " SNR), if the files do not say", choices=["yes", "no"])
+                                   " SNR), if the files do not say", decides=False,
+                                   choices=["yes", "no"])
     dtype: str = setting("float32", "of the frozen base (--bf16: bfloat16); float16 is for sampling"
                          " only", choices=["float32", "bfloat16", "float16"])
     resolution: int | None = setting(None, "side of a square picture, other shapes have about the "

@@ -107,7 +107,9 @@ class StableDiffusion:
         return self.out / f"{name}.pt"
 
     def sources(self):
-        return {"data": self.data.digest(), "prediction": self.base.diffusion.prediction}
+        diffusion = self.base.diffusion     # one name for what is predicted, and at which noise
+        zero = " with zero-terminal SNR" if diffusion.alpha_bar[-1] == 0 else ""
+        return {"data": self.data.digest(), "prediction": diffusion.prediction + zero}
 
     def given(self, name):
         if name == "base":
