@@ -144,9 +144,11 @@ box.onclick({ clientX: box.getBoundingClientRect().left + share * box.offsetWidt
 const open_at = picture;
 const before = { progress: document.getElementById("count").textContent, metadata: metadata(), \
 shown: document.getElementById("where").textContent };
-const image = document.getElementById("picture"), rendering = [[32, 400], [300, 400]].map(
-  ([natural, shown]) => {
-    for (const [name, value] of [["naturalWidth", natural], ["clientWidth", shown]])
+const image = document.getElementById("picture"), \
+rendering = [[32, 400, 400], [300, 400, 400], [300, 900, 400]].map(
+  ([natural, width, height]) => {
+    for (const [name, value] of Object.entries({ naturalWidth: natural, naturalHeight: natural, \
+clientWidth: width, clientHeight: height }))
       Object.defineProperty(image, name, { value, configurable: true });
     image.onload();
     return image.style.imageRendering;
@@ -218,7 +220,8 @@ def test_annotating(folder, tmp_path_factory, run):
         press("ArrowRight"); press("0"); press("ArrowRight"); press("n"); press("ArrowUp"); """
               """click(2, 0.1); click(1, 0.9); click(1, 0.5);
     """, profile)
-    assert got["rendering"] == ["pixelated", "auto"]      # 32 pixels enlarged to 400, and 300
+    # 32 pixels enlarged to 400; 300; 300 in a broad window
+    assert got["rendering"] == ["pixelated", "auto", "auto"]
     assert (got["before"]["progress"] == "1 of 3 done"
             and got["before"]["shown"].startswith("1 / 3") and got["picture"] == 2)
     original = (folder / "metadata.jsonl").read_text()

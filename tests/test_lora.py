@@ -323,6 +323,11 @@ def test_an_adapter_says_what_it_is(plugged, tmp_path, version, prediction, base
             "modelspec.prediction_type": "v" if prediction == "v" else "epsilon",
             "modelspec.trigger_phrase": "rich colour, level horizon"}
     assert got.items() >= want.items()
+    # the same adapter is the same bytes, whatever order the package has
+    before = (tmp_path / "x.safetensors").read_bytes()
+    for _ in range(3):
+        lora.save(adapter, tmp_path / "x.safetensors", "kohya", metadata=told)
+        assert (tmp_path / "x.safetensors").read_bytes() == before
     assert "modelspec.trigger_phrase" not in lora.describe("target", adapter, parts)
 
 

@@ -136,8 +136,16 @@ def save(adapter, path, layout="peft", xl=False, metadata=None):
         if layout == "kohya":
             # alpha = rank: the scale is in B already
             tensors[f"lora_unet_{flat}.alpha"] = torch.tensor(float(len(a)))
+    content = safetensors().save(tensors, metadata)
+    size = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:8 + size])
+    # the package writes the metadata in any order: the same adapter would be other bytes each time
+    if metadata:
+        header["__metadata__"] = dict(sorted(metadata.items()))
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
     with atomic_write(path) as temporary:
-        safetensors().save_file(tensors, temporary, metadata)
+        temporary.write_bytes(len(text).to_bytes(8, "little") + text + content[8 + size:])
 
 
 def named(text):

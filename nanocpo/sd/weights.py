@@ -183,8 +183,8 @@ def diffusion_config(config, where="scheduler", xl=False):
                                "training asks no sampler)") from error
     else:
         instead = "Euler" if name.startswith("Euler") else "DDIM"
-        say(f"{where}: {name} is not built; {instead} samples in its place, with the same noise "
-            "levels, and none of its own settings is used")
+        say(f"{where}: {name} is not built; {instead} samples in its place, at the same noise "
+            "levels")
     return Diffusion(
         "scaled_linear", "v" if config.get("prediction_type") == "v_prediction" else "eps",
         zero_snr=bool(config.get("rescale_betas_zero_snr")),
