@@ -552,9 +552,15 @@ def test_defaults_of_the_samplers_are_diffusers_own(capsys):
             weights.diffusion_config(BETAS | wrong)
     # of SD 1 and 2 diffusers itself takes 1
     weights.diffusion_config(BETAS | {"steps_offset": 0})
+    whole = BETAS | {"clip_sample": False}
+    weights.diffusion_config(whole, xl=True)
     with pytest.raises(WeightsError, match="steps_offset = 0"):
-        weights.diffusion_config(BETAS | {"steps_offset": 0}, xl=True)
-    weights.diffusion_config(BETAS | {"steps_offset": 0, "timestep_spacing": "trailing"}, xl=True)
+        weights.diffusion_config(whole | {"steps_offset": 0}, xl=True)
+    weights.diffusion_config(whole | {"steps_offset": 0, "timestep_spacing": "trailing"}, xl=True)
+    weights.diffusion_config(BETAS)
+    with pytest.raises(WeightsError, match="clip_sample = True"):
+        weights.diffusion_config(BETAS, xl=True)
+    weights.diffusion_config(EULER | {"clip_sample": True}, xl=True)       # Euler does not read it
     assert capsys.readouterr().out == ""
     weights.diffusion_config(BETAS | {"_class_name": "DPMSolverMultistepScheduler",
                                       "use_karras_sigmas": True})

@@ -172,8 +172,10 @@ def diffusion_config(config, where="scheduler", xl=False):
     if name in SAMPLERS:
         defaults, only = SAMPLERS[name]
         config = defaults | config
-        if xl:              # of SD 1 and 2 diffusers takes 1, whatever the file says
-            config, only = {"steps_offset": 0} | config, only | {"steps_offset": (1,)}
+        if xl:              # of SD 1 and 2 diffusers takes 1 and False, whatever the file says
+            config = {"steps_offset": 0, "clip_sample": True} | config
+            only = only | {"steps_offset": (1,)}
+            only |= {"clip_sample": (False,)} if name == "DDIMScheduler" else {}
         if config["timestep_spacing"] == "trailing":                # there nothing is added
             only = {key: value for key, value in only.items() if key != "steps_offset"}
         try:
