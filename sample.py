@@ -13,7 +13,7 @@ from nanocpo.run.flags import parse_sampling
 from nanocpo.sd.world import StableDiffusionPainter
 from nanocpo.toy.world import ToyPainter
 from nanocpo.utils.cli import command
-from nanocpo.utils.grid import save_grid
+from nanocpo.utils.grid import save_grid, save_pictures
 
 
 def main(argv=None):
@@ -28,6 +28,10 @@ def main(argv=None):
                                             axes=painter.axes(captions)))
     save_grid(sampling.out, images, painter.labels(images, captions), zoom=painter.zoom,
               columns=min(len(images), painter.columns))
+    if weights.weights:
+        notes = [painter.notes(i, *pair)
+                 for i, pair in enumerate(zip(prompts, away or [None] * len(prompts)))]
+        save_pictures(sampling.out, images, notes)
     print(f"{sampling.out}: {len(images)} pictures")
     return images
 

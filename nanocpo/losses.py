@@ -52,12 +52,12 @@ def _change(eps, eps_ref, goal):
 
 # --- stage 1
 
-def sft_loss(eps, goal):
+def sft_loss(eps, goal, weight=None):
     """Stage 1: mean squared error of the prediction, both (B, C, H, W) (2006.11239, equation
-    14)."""
+    14). weight: a factor (B,) of each sample's error, which the log does not have."""
     eps, goal = at_least_float32(eps), at_least_float32(goal)
     loss = _error(eps, goal)
-    return loss.mean(), {"loss": loss.detach()}
+    return (loss if weight is None else weight * loss).mean(), {"loss": loss.detach()}
 
 
 # --- the stabilisers: which share lam of the loser's gradient is kept, and whether the step's noise

@@ -70,14 +70,16 @@ def attribute_prompts(criteria, batch, generator):
     return [criteria.prompt(caption, a) for caption, a in zip(captions, annotations)]
 
 
-def sft_step(model, criteria, batch, make_prompts, generator, lean):
+def sft_step(model, criteria, batch, make_prompts, generator, lean, weight=None):
     """Stage 1, one batch: (loss, logs, t) of plain denoising under the prompts that
-    make_prompts(criteria, batch, generator) gives: caption_prompts or attribute_prompts."""
+    make_prompts(criteria, batch, generator) gives: caption_prompts or attribute_prompts.
+    weight(t) (B,): of each sample's error; None: 1."""
     t = draw_t(len(batch.captions), model.diffusion.steps, generator, lean)
     xt, x0, noise = add_noise(model, batch, t, generator)
     prompts = make_prompts(criteria, batch, generator)
     prediction = model(xt, send(t, model.device), prompts)
-    return *sft_loss(prediction, model.diffusion.goal(x0, t, noise)), t
+    weights = weight and send(weight(t), model.device)
+    return *sft_loss(prediction, model.diffusion.goal(x0, t, noise), weights), t
 
 
 # --- stage 2: the two prompts, the two targets, and the loss

@@ -104,6 +104,21 @@ def test_pictures_that_browsers_do_not_show_are_named(folder, capsys):
             "save them as PNG" in capsys.readouterr().out)
 
 
+def test_captions_of_other_programs_are_taken_over(folder):
+    """A .txt beside the picture, `text` in the line, and without lines metadata.csv."""
+    criteria = Criteria.load(folder / "criteria.json")
+    (folder / "a.txt").write_text("from the side\n")
+    (folder / "metadata.jsonl").write_text(json.dumps(
+        {"file_name": "sub\\d.PNG", "text": "from the line", "artist": "me"}))
+    rows = collect(folder, criteria)
+    assert [row["caption"] for row in rows] == ["from the side", "", "from the line"]
+    # what the page saves has one caption
+    assert rows[2]["other"] == {"artist": "me"}
+    (folder / "metadata.jsonl").unlink()
+    (folder / "metadata.csv").write_text('file_name,text\nsub/d.PNG,"a, b"\n', encoding="utf-8")
+    assert [row["caption"] for row in collect(folder, criteria)] == ["from the side", "", "a, b"]
+
+
 def test_a_folder_without_pictures_is_an_error(tmp_path):
     with pytest.raises(DataError, match="no picture in it"):
         main([str(tmp_path)])
@@ -129,16 +144,25 @@ box.onclick({ clientX: box.getBoundingClientRect().left + share * box.offsetWidt
 const open_at = picture;
 const before = { progress: document.getElementById("count").textContent, metadata: metadata(), \
 shown: document.getElementById("where").textContent };
+const image = document.getElementById("picture"), \
+rendering = [[32, 400, 400], [300, 400, 400], [300, 900, 400]].map(
+  ([natural, width, height]) => {
+    for (const [name, value] of Object.entries({ naturalWidth: natural, naturalHeight: natural, \
+clientWidth: width, clientHeight: height }))
+      Object.defineProperty(image, name, { value, configurable: true });
+    image.onload();
+    return image.style.imageRendering;
+  });
 ACTIONS
 document.body.innerHTML = "<pre id=result></pre>";
 document.getElementById("result").textContent = encodeURIComponent(JSON.stringify({ before, \
-after: metadata(), kept: localStorage.getItem(key), picture, open_at }));
+after: metadata(), kept: localStorage.getItem(key), picture, open_at, rendering }));
 """
 # as much of a browser as the page needs, for machines with node only: it draws nothing
 STUB = """
 const fs = require("fs"), made = {}, \
 storage = fs.existsSync(STORAGE) ? JSON.parse(fs.readFileSync(STORAGE)) : {};
-const Element = () => ({ children: [], value: "", textContent: "", \
+const Element = () => ({ children: [], style: {}, value: "", textContent: "", \
 append(e) { this.children.push(e); }, blur() {}, focus() {}, offsetWidth: 100,
   getBoundingClientRect: () => ({ left: 40 }), getAttribute() { return this.src; }, \
 querySelector: () => ({ scrollIntoView() {} }) });
@@ -196,6 +220,8 @@ def test_annotating(folder, tmp_path_factory, run):
         press("ArrowRight"); press("0"); press("ArrowRight"); press("n"); press("ArrowUp"); """
               """click(2, 0.1); click(1, 0.9); click(1, 0.5);
     """, profile)
+    # 32 pixels enlarged to 400; 300; 300 in a broad window
+    assert got["rendering"] == ["pixelated", "auto", "auto"]
     assert (got["before"]["progress"] == "1 of 3 done"
             and got["before"]["shown"].startswith("1 / 3") and got["picture"] == 2)
     original = (folder / "metadata.jsonl").read_text()

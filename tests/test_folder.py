@@ -20,10 +20,11 @@ GOOD = {"file_name": "good.png", "caption": "a boat", "positive": ["level horizo
 
 
 def write(folder, *rows):
-    """metadata.jsonl with these rows (dicts, or bytes as they are) beside a good picture of
+    """metadata.jsonl with these rows (dicts, or bytes as they are) beside two good pictures of
     one colour."""
     folder.mkdir(exist_ok=True)
-    Image.new("RGB", (40, 32), (10, 20, 30)).save(folder / "good.png")
+    for name in ("good.png", "second.png"):
+        Image.new("RGB", (40, 32), (10, 20, 30)).save(folder / name)
     lines = [row if isinstance(row, bytes) else json.dumps(row).encode() for row in rows]
     (folder / "metadata.jsonl").write_bytes(b"\n".join(lines) + b"\n")
     return folder
@@ -59,7 +60,7 @@ def test_own_criteria_in_the_folder_are_used(tmp_path):
 
 
 def test_lines_may_leave_out_annotations_and_hold_other_keys(tmp_path):
-    bare = {"file_name": "good.png", "caption": "  ein Boot, ü \n"}
+    bare = {"file_name": "second.png", "caption": "  ein Boot, ü \n"}
     data = from_folder(write(tmp_path, bare, b"",
                              json.dumps(GOOD | {"x": 1}).encode() + b"\r", b"   "))
     assert data.captions == ["ein Boot, ü", "a boat"] and not data.annotations[0].any()
@@ -151,6 +152,47 @@ def test_resizing_is_smooth(tmp_path):
     assert image[4:-4, 4:-4].min() > 120 and image[4:-4, 4:-4].max() < 135
 
 
+# ---------------------------------------------------------------- as people have them
+
+def test_captions_under_other_names(tmp_path):
+    """`text`, and a .txt beside the picture; the line's own caption comes first."""
+    rows = [{"file_name": "good.png", "text": " a boat "}, {"file_name": "second.png"}]
+    folder = write(tmp_path, *rows)
+    (tmp_path / "second.txt").write_text("\ufeffa tree\n", encoding="utf-8")
+    assert from_folder(folder).captions == ["a boat", "a tree"]
+    (tmp_path / "good.txt").write_text("not this")
+    assert from_folder(folder).captions == ["a boat", "a tree"]
+    (tmp_path / "second.txt").unlink()
+    with pytest.raises(DataError, match="line 2: 'caption' is missing .*second.txt beside"):
+        from_folder(folder)
+
+
+def test_names_as_windows_and_macos_write_them(tmp_path):
+    folder, decomposed = write(tmp_path), "u\u0308ber.png"
+    (folder / "sub").mkdir()
+    for name in ("sub/1.png", decomposed):
+        Image.new("RGB", (8, 8), "red").save(folder / name)
+    rows = [GOOD | {"file_name": name} for name in ("sub\\1.png", "\u00fcber.png")]
+    write(tmp_path, *rows)
+    assert (from_folder(folder).images[:, 0, 0] == [255, 0, 0]).all()
+    # the same picture, spelled in two ways
+    write(tmp_path, *rows, GOOD | {"file_name": "sub/1.png"})
+    with pytest.raises(DataError, match="line 3: 1.png has line 1 already"):
+        from_folder(folder)
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-be", "utf-8-sig"])
+def test_listings_in_other_encodings(tmp_path, encoding):
+    write(tmp_path, GOOD)
+    mark = "\ufeff" if encoding == "utf-16-be" else ""
+    (tmp_path / "metadata.jsonl").write_bytes((mark + json.dumps(GOOD) + "\n").encode(encoding))
+    if encoding == "utf-8-sig":
+        assert from_folder(tmp_path).captions == ["a boat"]
+    else:
+        with pytest.raises(DataError, match="metadata.jsonl: is UTF-16; save it as UTF-8"):
+            from_folder(tmp_path, skip_bad=True)
+
+
 # ---------------------------------------------------------------- folders that are not
 
 def make_defects(folder):
@@ -187,6 +229,10 @@ DEFECTS = {
     "half a surrogate pair": (GOOD | {"file_name": "\ud800.png"}, "is no file of this folder"),
     "missing file_name": ({"caption": "a boat"}, "'file_name' is missing or empty"),
     "numeric file_name": (GOOD | {"file_name": 1}, "'file_name' is missing or empty"),
+    "the same again": (GOOD | {"negative": [], "file_name": "./good.png"},
+                       "good.png has line 1 already; keep one"),
+    "text beside a caption": (GOOD | {"text": "another", "file_name": "second.png"},
+                              "'caption' and 'text' are different"),
     "missing caption": ({"file_name": "good.png"}, "'caption' is missing or empty"),
     "empty caption": (GOOD | {"caption": "  "}, "'caption' is missing or empty"),
     "caption is no string": (GOOD | {"caption": ["a boat"]}, "'caption' is missing or empty"),
@@ -222,7 +268,7 @@ def test_defect_names_file_line_and_fault(tmp_path, defect):
 
 
 def test_skip_bad_leaves_out_every_defect_and_counts(tmp_path, capsys):
-    last = GOOD | {"caption": "the last"}
+    last = GOOD | {"file_name": "second.png", "caption": "the last"}
     folder = write(tmp_path / "data", GOOD, *(row for row, _ in DEFECTS.values()), last)
     make_defects(folder)
     data = from_folder(folder, skip_bad=True)
@@ -281,7 +327,8 @@ def test_folder_without_lines(tmp_path, content):
 
 
 def test_missing_folder(tmp_path):
-    with pytest.raises(DataError, match="nowhere/metadata.jsonl: not found"):
+    with pytest.raises(DataError, match="nowhere/metadata.jsonl: not found; .* in the browser: "
+                                        "python -m nanocpo.folder.annotate .*nowhere "):
         from_folder(tmp_path / "nowhere")
 
 

@@ -1,6 +1,7 @@
 """Adapters on one frozen base: what they compute, what they leave alone, and the three file
 layouts, with diffusers and peft as judges."""
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -231,6 +232,105 @@ def test_incomplete_and_misshapen_adapters_are_refused(plugged, change, words, t
         lora.load(tmp_path / "x.safetensors", {"unet": network})
 
 
+@pytest.mark.parametrize("key, words", [
+    ("bundle_emb.word.string_to_param.*", "bundled embedding .learned words.: not supported")])
+def test_bundled_embeddings_are_called_what_they_are(plugged, key, words, tmp_path):
+    network, places = plugged
+    lora.save(places.new(2), tmp_path / "x.safetensors")
+    save_file(load_file(tmp_path / "x.safetensors") | {key: torch.zeros(1, 768)},
+              tmp_path / "x.safetensors")
+    with pytest.raises(WeightsError, match=words):
+        lora.load(tmp_path / "x.safetensors", {"unet": network})
+
+
+def test_what_is_named_as_an_adapter(tmp_path):
+    file = tmp_path / "x.safetensors"
+    file.write_bytes(b""), (tmp_path / "x.pt").write_bytes(b"")
+    assert lora.named(str(file)) == (file, 1) and lora.named(f"{file}:0.8") == (file, 0.8)
+    assert lora.named(f"{file}:-1") == (file, -1)
+    for wrong, words in ((tmp_path, "a folder; name the file in it, for example .*x.safetensors"),
+                         ("someone/a-style", "not found; .*nothing is downloaded"),
+                         (f"{file}:strong", "x.safetensors:strong: not found"),
+                         (tmp_path / "x.pt", "ends in .safetensors .training writes it beside")):
+        with pytest.raises(WeightsError, match=words):
+            lora.named(wrong)
+
+
+def test_several_adapters_add_up_with_their_strengths(plugged):
+    network, places = plugged
+    one, two = trained(places.new(3, seed=1), seed=1), trained(places.new(2, seed=2), seed=2)
+    last = next(reversed(two.place))
+    more = {name: pair for name, pair in two.pairs().items() if name != last}
+    both = lora.Adapter(lora.together([(one.pairs(), 0.8), (more, -2.0)]))
+    for name, (a, b) in both.pairs().items():
+        first, second = ([x.double() for x in pairs[name]] if name in pairs else [None] * 2
+                         for pairs in (one.pairs(), more))
+        want = 0.8 * first[1] @ first[0] - (2 * second[1] @ second[0] if name != last else 0)
+        torch.testing.assert_close(b.double() @ a.double(), want, atol=1e-6, rtol=0)
+    assert both.place.keys() == one.place.keys() and last not in more
+
+
+def sd_scripts_names(xl):
+    """The layers that sd-scripts knows by default in the attention of a UNet: those of SD 1 and 2
+    under diffusers' names, those of XL under the original code's, as its files have them."""
+    if xl:
+        depth = {f"input_blocks_{n}_1": 2 if n < 6 else 10 for n in (4, 5, 7, 8)} | {
+            "middle_block_1": 10} | {f"output_blocks_{n}_1": 10 if n < 3 else 2 for n in range(6)}
+    else:
+        depth = ({f"down_blocks_{i}_attentions_{j}": 1 for i in range(3) for j in range(2)}
+                 | {"mid_block_attentions_0": 1}
+                 | {f"up_blocks_{i}_attentions_{j}": 1 for i in range(1, 4) for j in range(3)})
+    return {f"lora_unet_{block}_transformer_blocks_{i}_attn{n}_{layer}"
+            for block, count in depth.items() for i in range(count) for n in (1, 2)
+            for layer in ("to_q", "to_k", "to_v", "to_out_0")}
+
+
+@pytest.mark.parametrize("version, count", [("1", 128), ("2", 128), ("xl", 560)])
+def test_kohya_files_have_sd_scripts_names(version, count, tmp_path):
+    from nanocpo.sd.names import PRESETS
+    from nanocpo.sd.weights import unet_config
+    with torch.device("meta"):
+        network = UNet(unet_config(PRESETS[version]["unet"]))
+    names = [name for name, m in network.named_modules() if isinstance(m, nn.Linear)
+             and name.endswith(tuple("." + target for target in lora.TARGETS))]
+    adapter = lora.Adapter({name: [nn.Parameter(torch.zeros(1, 1)) for _ in "AB"]
+                            for name in names})
+    lora.save(adapter, tmp_path / "x.safetensors", "kohya", version == "xl")
+    want = sd_scripts_names(version == "xl")
+    assert len(want) == count and set(load_file(tmp_path / "x.safetensors")) == {
+        f"{name}.{part}" for name in want for part in ("lora_down.weight", "lora_up.weight",
+                                                       "alpha")}
+
+
+@pytest.mark.parametrize("version, prediction, base, architecture", [
+    ("1", "eps", "sd_v1", "stable-diffusion-v1"), ("2", "eps", "sd_v2", "stable-diffusion-v2-512"),
+    ("2", "v", "sd_v2_v", "stable-diffusion-v2-768-v"),
+    ("xl", "eps", "sdxl_base_v1-0", "stable-diffusion-xl-v1-base")])
+def test_an_adapter_says_what_it_is(plugged, tmp_path, version, prediction, base, architecture):
+    from safetensors import safe_open
+    adapter = plugged[1].new(3, alpha=12)
+    parts = SimpleNamespace(version=version, size=(512, 768),
+                            diffusion=SimpleNamespace(prediction=prediction))
+    told = lora.describe("target", adapter, parts, ["rich colour", "level horizon"])
+    lora.save(adapter, tmp_path / "x.safetensors", "kohya", metadata=told)
+    with safe_open(tmp_path / "x.safetensors", "pt") as file:
+        got = file.metadata()
+    want = {"ss_base_model_version": base, "modelspec.architecture": f"{architecture}/lora",
+            # the scale is in the tensors, whatever alpha was
+            "ss_network_dim": "3", "ss_network_alpha": "3.0", "ss_output_name": "target",
+            "ss_v2": str(version == "2"), "modelspec.sai_model_spec": "1.0.0",
+            "modelspec.resolution": "768x512",
+            "modelspec.prediction_type": "v" if prediction == "v" else "epsilon",
+            "modelspec.trigger_phrase": "rich colour, level horizon"}
+    assert got.items() >= want.items()
+    # the same adapter is the same bytes, whatever order the package has
+    before = (tmp_path / "x.safetensors").read_bytes()
+    for _ in range(3):
+        lora.save(adapter, tmp_path / "x.safetensors", "kohya", metadata=told)
+        assert (tmp_path / "x.safetensors").read_bytes() == before
+    assert "modelspec.trigger_phrase" not in lora.describe("target", adapter, parts)
+
+
 # ---- the oracles
 
 @pytest.fixture(scope="module", params=["sd1", "sdxl"])
@@ -258,7 +358,10 @@ def unet_inputs(kind):
 def test_diffusers_loads_our_files(pipe, layout, tmp_path):
     kind, theirs, unet, places = pipe
     adapter, (inputs, added) = trained(places.new(3, alpha=5)), unet_inputs(kind)
-    lora.save(adapter, tmp_path / "pytorch_lora_weights.safetensors", layout)
+    parts = SimpleNamespace(version="xl" if kind == "sdxl" else "1", size=(64, 64),
+                            diffusion=SimpleNamespace(prediction="eps"))
+    lora.save(adapter, tmp_path / "pytorch_lora_weights.safetensors", layout, kind == "sdxl",
+              lora.describe("x", adapter, parts))
     plain = unet(*inputs)
     with places.using(adapter):
         want = unet(*inputs)
@@ -272,29 +375,18 @@ def test_diffusers_loads_our_files(pipe, layout, tmp_path):
         theirs.unload_lora_weights()
 
 
-def test_kohya_names_of_the_original_code(pipe, tmp_path):
+def test_both_names_that_kohya_files_of_xl_have_are_read(pipe, tmp_path):
+    """Those of the original code, which we write, and those of diffusers."""
     kind, _, unet, places = pipe
-    if kind != "sdxl":
-        pytest.skip("XL files have them")
     adapter = trained(places.new(3))
-    lora.save(adapter, tmp_path / "ours.safetensors", "kohya")
-    state = {}
-    # e.g. down_blocks_1_attentions_0 -> input_blocks_4_1
-    for key, x in load_file(tmp_path / "ours.safetensors").items():
-        for level in range(3):
-            for i in range(3):
-                key = key.replace(f"unet_down_blocks_{level}_attentions_{i}_",
-                                  f"unet_input_blocks_{3 * level + i + 1}_1_")
-                key = key.replace(f"unet_up_blocks_{level}_attentions_{i}_",
-                                  f"unet_output_blocks_{3 * level + i}_1_")
-        state[key.replace("mid_block_attentions_0_", "middle_block_1_")] = x
-    assert (any("output_blocks_5_1" in key for key in state)
-            and any("middle_block_1_" in key for key in state))
-    save_file(state, tmp_path / "theirs.safetensors")
-    got, want = (lora.load(tmp_path / f"{name}.safetensors", {"unet": unet})["unet"]
-                 for name in ("theirs", "ours"))
-    assert (got.keys() == want.keys()
-            and all(torch.equal(x, y) for name in want for x, y in zip(got[name], want[name])))
+    states = []
+    for xl in (False, True):
+        lora.save(adapter, tmp_path / "x.safetensors", "kohya", xl)
+        states.append(set(load_file(tmp_path / "x.safetensors")))
+        got = lora.load(tmp_path / "x.safetensors", {"unet": unet})["unet"]
+        assert all(torch.equal(x, y) for name, pair in adapter.pairs().items()
+                   for x, y in zip(got[name], pair))
+    assert not states[0] & states[1]
 
 
 def test_an_adapter_trained_by_peft_reads_the_same(pipe, tmp_path):

@@ -59,6 +59,34 @@ def test_the_latents_of_a_batch_are_noised_as_they_are():
     assert torch.equal(x0, model.latents.encode(images)) and x0.shape == latents.shape
 
 
+def test_held_out_pictures_are_chosen_by_content():
+    """Not by position: another order, more pictures or a second name change no picture's part."""
+    digests = [f"{i * 0x9E3779B1 % 2 ** 32:08x}{i:056x}" for i in range(200)]
+
+    def parts(digests):
+        images = np.empty(len(digests), object)
+        for i in range(len(digests)):
+            images[i] = torch.zeros(4, 4, 4)
+        painter = from_painter(count=1)
+        data = LatentPaintings(painter.criteria, images, digests,
+                               np.zeros((len(digests), len(painter.criteria)), np.int8),
+                               digests=tuple(digests))
+        return {name: set(data.split(name).captions) for name in ("train", "validation", "test")}
+    whole = parts(digests)
+    assert 30 <= len(whole["validation"]) + len(whole["test"]) <= 50
+    assert sum(map(len, whole.values())) == 200 == len(set().union(*whole.values()))
+    assert parts(digests[::-1]) == whole
+    some = parts(digests[60:90])
+    assert all(some[name] <= whole[name] for name in whole)
+    out = sorted(whole["test"])[0]
+    # where nothing would be left to train on, all is
+    assert parts([out, out])["train"] == {out}
+    assert parts([out, min(whole["train"])])["test"] == {out}
+    data = LatentPaintings(None, np.arange(3), list("abc"), np.zeros((3, 1)),
+                           digests=("1", "2", "3"))
+    assert data.take([2, 0]).digests == ("3", "1")
+
+
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
     pytest.importorskip("diffusers"), pytest.importorskip("safetensors")

@@ -82,6 +82,41 @@ def test_xl_empty_prompts_are_zeros_and_sizes_matter():
     assert seen[0].tolist() == [[48, 32, 0, 0, 48, 32]] * 2
 
 
+def test_guidance_of_one_or_less_is_none_as_in_diffusers(tmp_path):
+    """0 is what people write for Turbo models: it must not leave the prompt out."""
+    pytest.importorskip("diffusers"), pytest.importorskip("safetensors")
+    from nanocpo.sd.weights import load_parts
+    pipe = sd_tiny.pipeline("sd1", tmp_path)
+    model = SDModel(Backbone(load_parts(tmp_path, dtype=torch.float64), size=(40, 40)))
+    noise = torch.randn(4, 5, 5, generator=torch.Generator().manual_seed(3))[None].double()
+    painted = {}
+    for prompt in ("a boat", "a tree on a hill"):
+        for guidance in (0, 1, 0.5, -2):
+            painted[prompt, guidance] = model.sample([prompt], guidance=guidance, steps=3, seed=3)
+            theirs = pipe(prompt=prompt, num_inference_steps=3, guidance_scale=guidance,
+                          latents=noise, height=40, width=40, output_type="pt").images
+            # float32 noise levels there
+            torch.testing.assert_close((painted[prompt, guidance] / 2 + 0.5).clamp(0, 1), theirs,
+                                       atol=1e-5, rtol=0)
+    assert (painted["a boat", 0] - painted["a tree on a hill", 0]).abs().max() > 1e-3
+
+
+def test_an_empty_prompt_of_xl_that_is_written_down(tmp_path):
+    """"" is the unconditional prompt, zeros; to encode it, as diffusers does with an explicit "",
+    it is a space."""
+    pytest.importorskip("diffusers"), pytest.importorskip("safetensors")
+    from nanocpo.sd.weights import load_parts
+    pipe = sd_tiny.pipeline("sdxl", tmp_path)
+    model = SDModel(Backbone(load_parts(tmp_path, dtype=torch.float64), size=(40, 40)))
+    ours = model.text.tokens([" ", ""])
+    theirs = pipe.encode_prompt("a boat", negative_prompt="", do_classifier_free_guidance=True)
+    nothing = pipe.encode_prompt("a boat", do_classifier_free_guidance=True)
+    for mine, explicit, zeros in zip(ours, theirs[1::2], nothing[1::2]):
+        torch.testing.assert_close(mine[:1], explicit, atol=1e-9, rtol=0)
+        torch.testing.assert_close(mine[1:], zeros, atol=0, rtol=0)
+        assert mine[0].abs().max() > 0.01
+
+
 # ---- one base, several models
 
 def test_three_models_share_one_base():
@@ -241,6 +276,35 @@ def test_encoded_prompts_are_kept_on_disk(tmp_path):
     again = tiny(cache=tmp_path)
     # damaged files are made again
     assert torch.equal(again.text.tokens(["a boat", "a tree"])[0], first)
+
+
+def test_text_encoders_and_vae_are_on_the_device_only_while_they_work(monkeypatch, tmp_path):
+    model, moves = tiny(xl=True, cache=tmp_path), []
+    parts = model.backbone.parts
+    names = {id(part): name for name, part in (("vae", parts.vae), ("one", parts.encoders[0]),
+                                               ("two", parts.encoders[1]), ("unet", parts.unet))}
+    model.backbone.device = "there"         # nothing lies there: only the moves are looked at
+    monkeypatch.setattr(torch.nn.Module, "to", lambda self, where: (
+        moves.append((names.get(id(self)), str(where))), self)[1])
+    with model.backbone.awake(parts.vae):
+        pass
+    assert moves == [("vae", "there")]      # nobody said that it may rest
+    moves.clear()
+    model.backbone.rest()
+    assert moves == [("vae", "cpu"), ("one", "cpu"), ("two", "cpu")]
+    moves.clear()
+    with model.backbone.awake(*parts.encoders):
+        assert moves == [("one", "there"), ("two", "there")]
+    assert moves[2:] == [("one", "cpu"), ("two", "cpu")]
+    moves.clear()
+    model.backbone.device = torch.device("cpu")
+    model.text.tokens(["a boat"])
+    assert [name for name, _ in moves] == ["one", "two"] * 2
+    moves.clear()
+    model.text.tokens(["a boat"])           # it is kept, and nobody is woken
+    assert moves == []
+    model.sample(["a boat"], steps=1)
+    assert [name for name, _ in moves] == ["vae"] * 2
 
 
 def test_fingerprint_sees_every_weight():

@@ -1,6 +1,8 @@
 """VAE, text encoders, tokenizer and schedules against diffusers and transformers: float64, so that
 even a wrong epsilon shows."""
+import gzip
 import hashlib
+import importlib.metadata
 import json
 import random
 
@@ -233,6 +235,75 @@ def test_tokenizer_fuzz(tokenizers):
                      for _ in range(rng.randint(1, 30))) for _ in range(3000)]
     assert differences(tokenizers, [text for text in texts
                                     if "\u0378" not in text and "\u0379" not in text]) == []
+
+
+def test_spaces_are_unicode_s_and_not_python_s(tokenizers):
+    spaces = [f"a{chr(c)}boat {chr(c)} x" for c in (*range(9, 14), *range(0x1c, 0x21), 0x85, 0xa0)]
+    assert differences(tokenizers, spaces) == []
+
+
+ADDED = {"added_tokens.json": {"<cat-toy>": 0, "Zorn": 1}, "tokenizer_config.json": {
+    "added_tokens_decoder": {0: {"content": "<cat-toy>", "normalized": True},
+                             1: {"content": "Zorn", "normalized": False, "single_word": True}}}}
+
+
+@pytest.mark.parametrize("file", [*ADDED, "tokenizer.json"])
+def test_learned_words_are_tokens_of_their_own(file, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    size = len(sd_tiny.write_tokenizer(tmp_path))
+    if file == "added_tokens.json":
+        new = {word: size + i for word, i in ADDED[file].items()}
+    else:
+        new = json.loads((tmp_path / "tokenizer_config.json").read_text()) | {
+            "added_tokens_decoder": {
+                size + i: {"lstrip": False, "rstrip": False, "single_word": False,
+                           "special": False} | token
+                for i, token in ADDED["tokenizer_config.json"]["added_tokens_decoder"].items()}}
+    (tmp_path / (file if file in ADDED else "tokenizer_config.json")).write_text(json.dumps(new))
+    theirs = transformers.CLIPTokenizer.from_pretrained(tmp_path)
+    folder = tmp_path
+    if file == "tokenizer.json":            # as transformers 5 writes them
+        folder = tmp_path / "new"
+        theirs.save_pretrained(folder)
+    both = Tokenizer.load(folder), theirs
+    texts = ["a <cat-toy> boat", "a<CAT-TOY>b", "zorn Zorn Zorns xZorn <cat-toy><cat-toy>",
+             "<cat- toy> Zorn.", "Zorn<|endoftext|>Zorn"]
+    assert differences(both, texts) == []
+    assert {size, size + 1} <= set(both[0]("a <cat-toy> Zorn"))
+    if file == "tokenizer_config.json":
+        (tmp_path / "added_tokens.json").write_text(json.dumps({"Zorn": size + 5}))
+        with pytest.raises(ValueError, match=f"'Zorn' is token {size + 5} in one .* {size + 1} in "
+                                             "another"):
+            Tokenizer.load(tmp_path)
+
+
+def test_the_longest_learned_word_is_taken():
+    added = [{"content": "<a>", "id": 600}, {"content": "<a><b>", "id": 601}]
+    assert Tokenizer([], added=added).encode("<A><b><a>") == [601, 600]
+
+
+def test_the_real_merges():
+    """Those of the public files are in a package: 49,152 - 256 - 2 merges. Where it is installed,
+    transformers reads the same numbers from them."""
+    try:
+        packed = next(file for file in importlib.metadata.files("open_clip_torch")
+                      if file.name == "bpe_simple_vocab_16e6.txt.gz")
+    except importlib.metadata.PackageNotFoundError:
+        pytest.skip("open_clip_torch is not installed")
+    transformers = pytest.importorskip("transformers")
+    lines = gzip.decompress(packed.locate().read_bytes()).decode("utf-8").split("\n")
+    ours = Tokenizer([line.split() for line in lines[1:49152 - 256 - 2 + 1]])
+    assert len(ours.vocabulary) == 49408 and ours("a photo of a cat")[:7] == [
+        49406, 320, 1125, 539, 320, 2368, 49407]
+    theirs = transformers.CLIPTokenizer(vocab=dict(ours.vocabulary), merges=list(ours.rank))
+    blocks = [range(32, 127)] * 4 + [range(0xA0, 0x300), range(0x391, 0x3CA), range(0x410, 0x450)]
+    rng = random.Random(0)
+    texts = HAND + ["".join(rng.choice(["'s", " ", "the ", "boat", "painting ",
+                                        chr(rng.choice(rng.choice(blocks)))])
+                            for _ in range(rng.randint(1, 30))) for _ in range(2000)]
+    want = theirs(texts, padding="max_length", max_length=77, truncation=True).input_ids
+    ends = [ids[:ids.index(49407) + 1] for ids in want]            # the padding is another test's
+    assert [ours(text)[:len(ids)] for text, ids in zip(texts, ends)] == ends
 
 
 def test_tokenizer_json_and_merges_alone_say_the_same(tokenizers, tmp_path):

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file                        # noqa
 
 import sd_tiny                                                            # noqa: E402
 from nanocpo.sd import weights                                            # noqa: E402
-from nanocpo.sd.names import PRESETS, split, unet_name                    # noqa: E402
+from nanocpo.sd.names import BETAS, PRESETS, marks, split, unet_name      # noqa: E402
 from nanocpo.sd.weights import WeightsError, load_parts, read_part, read_tensors        # noqa: E402
 
 
@@ -191,13 +191,10 @@ def test_single_files_equal_the_folder(saved, suffix, tmp_path):
     if kind == "sdxl":                    # fine-tunes that predict v say so by the names of tensors
         torch.save(state | {"v_pred": torch.tensor([]), "ztsnr": torch.tensor([])},
                    tmp_path / "v.ckpt")
-        _, presets = split(read_tensors(tmp_path / "v.ckpt"), "x")
-        diffusion = weights.diffusion_config(presets["scheduler"])
+        tensors = read_tensors(tmp_path / "v.ckpt")
+        diffusion = weights.diffusion_config(split(tensors, "x")[1]["scheduler"] | marks(tensors))
         assert (diffusion.prediction, diffusion.spacing, diffusion.fixed_stride,
                 diffusion.alpha_bar[-1]) == ("v", "trailing", False, 0)
-    lean = {name: x for name, x in state.items() if not name.startswith("first_stage_model.")}
-    with pytest.raises(WeightsError, match="x: no VAE in it"):
-        split(lean, "x")
 
 
 @pytest.mark.parametrize("version", ["1", "2", "xl"])
@@ -259,7 +256,7 @@ def test_variants_bins_and_shards(saved, tmp_path):
     assert read_part(bins).keys() == state.keys()
     save_file({name: x.half() for name, x in state.items()}, half / f"{stem}.fp16.safetensors")
     assert read_part(half, "fp16")[names[0]].dtype == torch.float16
-    with pytest.raises(WeightsError, match="--variant, for example fp16"):
+    with pytest.raises(WeightsError, match="there is .*fp16.safetensors: --variant fp16 reads it"):
         read_part(half)
     texts = load_file(folder / "text_encoder" / "model.safetensors")
     shutil.rmtree(bins), bins.mkdir()
@@ -308,13 +305,16 @@ def test_other_settings_are_refused_by_name():
             (weights.vae_config, {"down_block_types": ["AttnDown"]}, "AttnDown"),
             (weights.clip_config, {"hidden_act": "relu"}, "hidden_act"),
             (weights.clip_config, {"architectures": ["T5EncoderModel"]}, "T5EncoderModel"),
-            (weights.diffusion_config, {"prediction_type": "sample"}, "prediction_type"),
+            (weights.diffusion_config, BETAS | {"prediction_type": "sample"}, "prediction_type"),
             (weights.diffusion_config, {"beta_schedule": "linear"}, "beta_schedule"),
+            # diffusers' defaults, which public files never mean
+            (weights.diffusion_config, {"_class_name": "PNDMScheduler"}, "schedule = 'linear'"),
+            (weights.diffusion_config, {"beta_schedule": "scaled_linear"}, "beta_start = 0.0001"),
             (weights.diffusion_config, {"_class_name": "LCMScheduler"}, "LCMScheduler")):
         with pytest.raises(WeightsError, match=words):
             call(setting)
-    pndm = weights.diffusion_config({"_class_name": "PNDMScheduler", "skip_prk_steps": True,
-                                     "beta_schedule": "scaled_linear"})
+    pndm = weights.diffusion_config(BETAS | {"_class_name": "PNDMScheduler",
+                                             "skip_prk_steps": True})
     assert (pndm.fixed_stride, pndm.spacing, pndm.prediction) == (True, "leading", "eps")
 
 
@@ -324,8 +324,7 @@ def test_settings_that_are_read():
     config = {"attention_head_dim": 64, "num_attention_heads": [5, 10, 20, 20]}
     assert (weights.unet_config(config).heads == (5, 10, 20, 20)
             and weights.unet_config({"attention_head_dim": 5}).heads == (5,) * 4)
-    settings = {"_class_name": "DDIMScheduler", "prediction_type": "v_prediction",
-                "timestep_spacing": "trailing"}
+    settings = BETAS | {"prediction_type": "v_prediction", "timestep_spacing": "trailing"}
     usual, zero = (weights.diffusion_config(settings | {"rescale_betas_zero_snr": value})
                    for value in (False, True))
     assert usual.alpha_bar[-1] > 0.004 and zero.alpha_bar[-1] == 0
@@ -408,6 +407,242 @@ def test_xl_needs_both_text_encoders_and_the_second_one_s_projection(saved, tmp_
         load_parts(broken)
 
 
+# ---- two sources that disagree, and settings of other shapes
+
+@pytest.fixture(scope="module")
+def xl(tmp_path_factory):
+    """(folder of a tiny XL, its single file with the marks v_pred and ztsnr)."""
+    pytest.importorskip("diffusers"), pytest.importorskip("transformers")
+    folder = tmp_path_factory.mktemp("xl")
+    sd_tiny.pipeline("sdxl", folder / "stock")
+    save_file(single("sdxl", folder / "stock") | {"v_pred": torch.zeros(1),
+                                                  "ztsnr": torch.zeros(1)},
+              folder / "marked.safetensors")
+    return folder / "stock", folder / "marked.safetensors"
+
+
+def is_v(diffusion):
+    return (diffusion.prediction, diffusion.spacing, float(diffusion.alpha_bar[-1])) == (
+        "v", "trailing", 0.0)
+
+
+def test_what_a_file_says_of_itself_wins_and_is_said(xl, capsys):
+    stock, marked = xl
+    parts = load_parts(marked, config=stock)
+    assert is_v(parts.diffusion) and parts.version == "xl"
+    said = capsys.readouterr().out
+    assert ("prediction_type is 'v_prediction', as the weights file says, and not 'epsilon'" in said
+            and "timestep_spacing is 'trailing'" in said
+            and "rescale_betas_zero_snr is True" in said)
+    for flags in ({"prediction": "eps"}, {"zero_snr": "no"}):
+        with pytest.raises(WeightsError, match="weights file says .* of itself, and a flag"):
+            load_parts(marked, config=stock, **flags)
+    assert is_v(load_parts(marked, config=stock, prediction="v", zero_snr="yes").diffusion)
+
+
+def test_a_flag_wins_over_a_config_and_is_said(xl, capsys):
+    stock, _ = xl
+    diffusion = load_parts(stock, prediction="v", zero_snr="yes").diffusion
+    said = capsys.readouterr().out
+    assert is_v(diffusion) and "prediction_type is 'v_prediction', as a flag says" in said
+    assert not is_v(load_parts(stock, prediction="v", zero_snr="no").diffusion)
+    # pure noise does not tell x0 from eps
+    with pytest.raises(ValueError, match="needs prediction v"):
+        load_parts(stock, zero_snr="yes")
+
+
+def test_a_file_of_sd_2_does_not_say_what_it_predicts(tmp_path, capsys):
+    pytest.importorskip("diffusers"), pytest.importorskip("transformers")
+    sd_tiny.pipeline("sd2", tmp_path / "folder")
+    shutil.rmtree(tmp_path / "folder" / "scheduler")
+    save_file(single("sd2", tmp_path / "folder"), tmp_path / "two.safetensors")
+    parts = load_parts(tmp_path / "two.safetensors", config=tmp_path / "folder")
+    assert (parts.version, parts.diffusion.prediction) == ("2", "v")
+    assert "v is taken. The base model needs --prediction eps" in capsys.readouterr().out
+
+
+def test_variants_are_chosen_file_by_file(xl, tmp_path, capsys):
+    """One part without the variant; a .bin beside the variant; a variant's .bin beside a file."""
+    stock, _ = xl
+    mixed, stem = tmp_path / "mixed", "diffusion_pytorch_model"
+    shutil.copytree(stock, mixed)
+    want = load_parts(stock, dtype=torch.float64)
+    state = load_file(stock / "text_encoder" / "model.safetensors")
+    with pytest.raises(WeightsError, match="no file of the variant fp16 in it"):
+        load_parts(mixed, variant="fp16")
+    (mixed / "unet" / f"{stem}.safetensors").rename(mixed / "unet" / f"{stem}.fp16.safetensors")
+    assert same(load_parts(mixed, variant="fp16", dtype=torch.float64), want)
+    said = capsys.readouterr().out
+    assert ("vae: no file of the variant fp16; diffusion_pytorch_model.safetensors is read" in said
+            and "unet: no file" not in said)
+    text = mixed / "text_encoder"
+    (text / "model.safetensors").unlink()
+    save_file({name: x + 1 for name, x in state.items()}, text / "model.fp16.safetensors")
+    torch.save(state, text / "pytorch_model.bin")
+    assert all(torch.equal(read_part(text, "fp16")[name], x + 1) for name, x in state.items())
+    assert all(torch.equal(read_part(text)[name], x) for name, x in state.items())
+    (text / "model.fp16.safetensors").rename(text / "model.safetensors")
+    (text / "pytorch_model.bin").rename(text / "pytorch_model.fp16.bin")
+    assert all(torch.equal(read_part(text, "fp16")[name], x) for name, x in state.items())
+
+
+@pytest.mark.parametrize("setting, size", [
+    ({"sample_size": [48, 64]}, (384, 512)), ({"sample_size": 32}, (256, 256)),
+    ({"sample_size": 32, "_diffusers_version": "0.6.0"}, (512, 512)),
+    ({"sample_size": 32, "_diffusers_version": "0.10.0"}, (256, 256)), ({}, (512, 512))])
+def test_the_size_that_a_base_was_trained_on(setting, size, capsys):
+    assert weights.trained_size(setting, 8, False, "x") == size
+    said = "x: sample_size 32 of an old converter is taken for 64, as by diffusers\n"
+    assert capsys.readouterr().out == (said if setting.get("_diffusers_version") == "0.6.0" else "")
+    assert weights.trained_size({}, 8, True, "x") == (1024, 1024)
+    for wrong in ([64], "64", [64, None], 6.5):
+        with pytest.raises(WeightsError, match="x: sample_size = "):
+            weights.trained_size({"sample_size": wrong}, 8, False, "x")
+
+
+def test_settings_of_other_types_are_refused_by_name():
+    assert weights.unet_config({"cross_attention_dim": [768] * 4}).context_dim == 768
+    for call, setting in ((weights.unet_config, {"cross_attention_dim": [768, 768, 768, 1024]}),
+                          (weights.unet_config, {"norm_num_groups": None}),
+                          (weights.unet_config, {"_class_name": "UNetFlatConditionModel"}),
+                          (weights.vae_config, {"norm_num_groups": None}),
+                          (weights.vae_config, {"_class_name": "AutoencoderTiny"}),
+                          (weights.clip_config, {"num_attention_heads": "8"}),
+                          (weights.clip_config, {"quantization_config": {"load_in_8bit": True}})):
+        with pytest.raises(WeightsError, match=f"{list(setting)[0]} = .* is not supported"):
+            call(setting)
+    with pytest.raises(WeightsError, match="one number for each of 4"):
+        weights.unet_config({"attention_head_dim": None})
+    with pytest.raises(WeightsError, match="there: no model has such a config.json"):
+        weights.build(weights.UNet, weights.unet_config({"norm_num_groups": 7}), {}, torch.float32,
+                      "there")
+
+
+def test_what_a_text_encoder_s_config_leaves_out_is_transformers_default():
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.CLIPTextConfig()
+    assert all(getattr(theirs, key) == value for key, value in weights.CLIP_DEFAULTS.items())
+    assert weights.clip_config({}).heads == 8
+
+
+EULER = BETAS | {"_class_name": "EulerDiscreteScheduler", "timestep_spacing": "leading"}
+
+
+@pytest.mark.parametrize("setting", [
+    {"timestep_spacing": "linspace"}, {"use_karras_sigmas": True},
+    {"use_exponential_sigmas": True}, {"use_beta_sigmas": True}, {"sigma_max": 10.0},
+    {"timestep_type": "continuous"}, {"final_sigmas_type": "sigma_min"}])
+def test_settings_of_a_sampler_that_is_built_are_refused_or_done(setting):
+    weights.diffusion_config(EULER)
+    with pytest.raises(WeightsError, match=f"{list(setting)[0]} = .*about sampling, and training"):
+        weights.diffusion_config(EULER | setting)
+
+
+def test_defaults_of_the_samplers_are_diffusers_own(capsys):
+    diffusers = pytest.importorskip("diffusers")
+    for name, (defaults, _) in weights.SAMPLERS.items():
+        theirs = getattr(diffusers, name)().config
+        assert all(theirs[key] == value for key, value in (defaults | weights.DIFFUSION).items())
+    without = {key: value for key, value in EULER.items() if key != "timestep_spacing"}
+    with pytest.raises(WeightsError, match="timestep_spacing = 'linspace'"):
+        weights.diffusion_config(without)
+    for wrong in ({"set_alpha_to_one": True}, {"thresholding": True},
+                  {"timestep_spacing": "linspace"}):
+        with pytest.raises(WeightsError, match=list(wrong)[0]):
+            weights.diffusion_config(BETAS | wrong)
+    # of SD 1 and 2 diffusers itself takes 1
+    weights.diffusion_config(BETAS | {"steps_offset": 0})
+    whole = BETAS | {"clip_sample": False}
+    weights.diffusion_config(whole, xl=True)
+    with pytest.raises(WeightsError, match="steps_offset = 0"):
+        weights.diffusion_config(whole | {"steps_offset": 0}, xl=True)
+    weights.diffusion_config(whole | {"steps_offset": 0, "timestep_spacing": "trailing"}, xl=True)
+    weights.diffusion_config(BETAS)
+    with pytest.raises(WeightsError, match="clip_sample = True"):
+        weights.diffusion_config(BETAS, xl=True)
+    weights.diffusion_config(EULER | {"clip_sample": True}, xl=True)       # Euler does not read it
+    assert capsys.readouterr().out == ""
+    weights.diffusion_config(BETAS | {"_class_name": "DPMSolverMultistepScheduler",
+                                      "use_karras_sigmas": True})
+    assert ("DPMSolverMultistepScheduler is not built; DDIM samples in its place"
+            in capsys.readouterr().out)
+
+
+def test_a_vae_from_elsewhere(xl, tmp_path):
+    """A folder, a vae/ folder, a file in either code's names; the scale is the base's."""
+    stock, marked = xl
+    state = {name: x * 1.5 for name, x in read_part(stock / "vae").items()}
+    shutil.copytree(stock / "vae", tmp_path / "vae")
+    save_file(state, tmp_path / "vae" / "diffusion_pytorch_model.safetensors")
+    save_file(state, tmp_path / "names.safetensors")
+    pairs = ldm_vae(4)
+    old = {original(name, pairs, INNER["vae"]): x for name, x in state.items()}
+    torch.save({"state_dict": old | {"loss.x": torch.zeros(1)}}, tmp_path / "old.ckpt")
+    save_file({f"first_stage_model.{name}": x for name, x in old.items()} | {"x": torch.zeros(1)},
+              tmp_path / "whole.safetensors")
+    for vae in (tmp_path, tmp_path / "vae", tmp_path / "names.safetensors", tmp_path / "old.ckpt",
+                tmp_path / "whole.safetensors"):
+        for path, config in ((stock, None), (marked, stock)):
+            got = load_parts(path, config=config, vae=vae, dtype=torch.float64).vae
+            assert got.config.scale == 0.13025
+            assert all(torch.equal(got.get_parameter(name), x) for name, x in state.items()), vae
+    lean = {name: x for name, x in load_file(marked).items()
+            if not name.startswith("first_stage_model.")}
+    save_file(lean, tmp_path / "lean.safetensors")
+    with pytest.raises(WeightsError, match="lean.safetensors: no VAE in it .*; add --vae"):
+        load_parts(tmp_path / "lean.safetensors", config=stock)
+    load_parts(tmp_path / "lean.safetensors", config=stock, vae=tmp_path)
+    bare = tmp_path / "bare"
+    shutil.copytree(stock, bare, ignore=shutil.ignore_patterns("vae"))
+    load_parts(bare, vae=tmp_path)
+    file = tmp_path / "vae" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"scaling_factor": 0.18215}))
+    with pytest.raises(WeightsError, match="--vae .*scale 0.18215, and .* wants 0.13025; .*kind"):
+        load_parts(stock, vae=tmp_path)
+
+
+def test_the_end_of_a_text_is_the_tokenizer_s(tmp_path):
+    """Two learned words: with eos_token_id 2 the vocabulary's last token is one of them."""
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("diffusers")
+    pipe = sd_tiny.pipeline("sdxl", tmp_path)
+    size = len(pipe.tokenizer)
+    torch.manual_seed(0)
+    for part in ("tokenizer", "tokenizer_2"):
+        for old in ("tokenizer.json", "tokenizer_config.json"):
+            (tmp_path / part / old).unlink(missing_ok=True)
+        sd_tiny.write_tokenizer(tmp_path / part, "!" if part == "tokenizer_2" else None)
+        (tmp_path / part / "added_tokens.json").write_text(json.dumps({"<cat-toy>": size,
+                                                                       "Zorn": size + 1}))
+    for part, encoder in (("text_encoder", pipe.text_encoder),
+                          ("text_encoder_2", pipe.text_encoder_2)):
+        encoder.resize_token_embeddings(size + 2)
+        encoder.config.eos_token_id = 2
+        encoder.save_pretrained(tmp_path / part)
+    parts = load_parts(tmp_path, dtype=torch.float64)
+    encoder, tokenizer = parts.encoders[1], parts.tokenizers[1]
+    theirs = transformers.CLIPTokenizer.from_pretrained(tmp_path / "tokenizer_2")
+    second = transformers.CLIPTextModelWithProjection.from_pretrained(
+        tmp_path / "text_encoder_2", dtype=torch.float64)
+    pooled = {}
+    for text in ("a boat on the water", "a tree"):
+        ids = torch.tensor([tokenizer(text)])
+        assert ids[0].tolist() == theirs(text, padding="max_length", max_length=77).input_ids
+        pooled[text] = encoder(ids)[2]
+        torch.testing.assert_close(pooled[text], second(ids).text_embeds, atol=1e-9, rtol=0)
+    assert not torch.equal(*pooled.values())
+    # at a learned word transformers would pool at the word: the number is the highest. Ours is the
+    # end of the text, as of an encoder whose config says where that is
+    second.text_model.eos_token_id = tokenizer.vocabulary["<|endoftext|>"]
+    ids = torch.tensor([tokenizer("a <cat-toy> boat")])
+    assert size in ids[0].tolist()
+    torch.testing.assert_close(encoder(ids)[2], second(ids).text_embeds, atol=1e-9, rtol=0)
+    config = tmp_path / "text_encoder_2" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"eos_token_id": 5}))
+    with pytest.raises(WeightsError, match="text_encoder_2: eos_token_id = 5, but .*ends a text"):
+        load_parts(tmp_path)
+
+
 # ---- damaged and malicious files
 
 def test_damaged_files_say_so(tmp_path):
@@ -452,6 +687,26 @@ def test_a_malicious_pickle_runs_nothing(old, tmp_path):
     with pytest.raises(WeightsError):
         read_tensors(tmp_path / "raw.bin")
     assert not trap.exists()
+
+
+def test_what_is_refused_is_named_and_no_unsafe_advice_is_given(tmp_path):
+    torch.save({"state_dict": {"a": torch.ones(2)}, "args": types.SimpleNamespace(lr=1)},
+               tmp_path / "x.ckpt")
+    with pytest.raises(WeightsError, match="x.ckpt: it holds types.SimpleNamespace beside its "
+                                           "tensors, which is refused; nothing in it was run"
+                       ) as error:
+        read_tensors(tmp_path / "x.ckpt")
+    assert "weights_only" not in str(error.value)
+
+
+def test_files_under_the_other_name(tmp_path):
+    save_file({"a": torch.ones(2)}, tmp_path / "x.ckpt")
+    assert read_tensors(tmp_path / "x.ckpt")["a"].tolist() == [1, 1]
+    for new in (True, False):
+        torch.save({"a": torch.ones(2)}, tmp_path / "y.safetensors",
+                   _use_new_zipfile_serialization=new)
+        with pytest.raises(WeightsError, match="a checkpoint of torch .*; rename it to y.ckpt"):
+            read_tensors(tmp_path / "y.safetensors")
 
 
 def test_old_checkpoints_with_a_training_callback_load(monkeypatch, tmp_path):

@@ -1,8 +1,11 @@
 """Stable Diffusion as a world: what the flags open, both stages end to end with diffusers as judge,
 what is used again and what is refused."""
 import functools
+import hashlib
 import json
+import shlex
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,6 +18,8 @@ import train_cpo
 import train_sft
 from sd_tiny import moved, tiny
 from nanocpo.criteria import Criteria, Prompt
+from nanocpo.diffusion import Diffusion
+from nanocpo.folder import annotate
 from nanocpo.run import stages
 from nanocpo.run.flags import parse_sampling, parse_training
 from nanocpo.run.settings import STABLE_DIFFUSION, Weights
@@ -51,16 +56,21 @@ def test_a_base_is_opened_as_the_flags_say(monkeypatch):
     def to_sample(*more):
         return StableDiffusionPainter(*parse_sampling("", [*common, *more])).model
     block = to_train("--variant", "fp16", "--bf16", "--checkpointing", "--prediction", "v",
-                     "--config", "c", "--tokenizer", "t").backbone.parts.unet.mid_block
-    assert (seen == [("w", "c", "t", "fp16", torch.bfloat16, "v")]
+                     "--config", "c", "--tokenizer", "t", "--zero-snr", "yes", "--vae",
+                     "elsewhere").backbone.parts.unet.mid_block
+    assert (seen == [("w", "c", "t", "fp16", torch.bfloat16, "v", "yes", "elsewhere")]
             and isinstance(block.step, functools.partial))
     block = to_sample("--dtype", "float16").backbone.parts.unet.mid_block
     assert (not isinstance(block.step, functools.partial)
-            and seen[1] == ("w", None, None, None, torch.float16, None))
+            and seen[1] == ("w", None, None, None, torch.float16, None, None, None))
     for flag in ("--resolution", "--bucket-step"):
         for opened in (to_train, to_sample):
             with pytest.raises(ValueError, match=f"{flag} 100 must be a multiple of 8"):
                 opened(flag, "100")
+    assert to_sample("--width", "64", "--height", "32").latent_shape == (4, 4, 8)
+    assert to_sample("--resolution", "64", "--height", "32").latent_shape == (4, 4, 8)
+    with pytest.raises(ValueError, match="--width 100 must be a multiple of 8"):
+        to_sample("--width", "100")
 
 
 def test_samples_go_towards_the_positive_and_away_from_the_negative(files, tmp_path, monkeypatch):
@@ -133,7 +143,9 @@ def test_flags_that_do_not_go_together(files, tmp_path):
                         (["--paint", "8"], "folder's own pictures"),
                         (["--data", "flawed"], "folder with pictures"),
                         (["--criteria", "Colour"], "no dimension 'Colour'"),
-                        (["--lora", "nowhere.safetensors"], "nowhere.safetensors: not found")):
+                        (["--lora", "nowhere.safetensors"], "nowhere.safetensors: not found"),
+                        (["--lora", __file__ + ":0.5"], "one file, without a strength"),
+                        (["--lora", __file__, __file__], "one file, without a strength")):
         with pytest.raises(ValueError, match=words):
             train_cpo.main(common + more)
     for flag in ("--rank", "--accumulate", "--bucket-step", "--resolution"):
@@ -144,6 +156,70 @@ def test_flags_that_do_not_go_together(files, tmp_path):
     assert not list(tmp_path.rglob("auxiliary*"))                 # nothing was trained before
     with pytest.raises(ValueError, match="nowhere: not found"):
         train_sft.main(["--weights", "nowhere"])
+
+
+def test_each_picture_says_how_it_was_made(files, tmp_path):
+    flags = ["--weights", str(files[0]), "--prompt", "a boat", "ü", "--positive", "good light",
+             "--negative", "blur", "--steps", "1", "--seed", "4", "--width", "64", "--height", "32",
+             "--device", "cpu", "--out", str(tmp_path / "new" / "x.png")]
+    images = sample.main(flags)
+    assert images.shape == (2, 32, 64, 3)
+    for i, prompt in enumerate(("a boat; good: good light", "ü; good: good light")):
+        with Image.open(tmp_path / "new" / f"x_{i}.png") as picture:
+            assert (np.asarray(picture) == images[i]).all()
+            told, away = picture.text, f"{('a boat', 'ü')[i]}; bad: blur"
+        assert (told["prompt"], told["negative_prompt"], told["seed"]) == (prompt, away, "4")
+        assert told["parameters"] == (
+            f"{prompt}\nNegative prompt: {away}\nSteps: 1, CFG scale: 7.5, Seed: 4, Size: 64x32, "
+            f"Model: weights, Picture: {i}, eta: 0.0")
+    sample.main([*flags, "--guidance", "0"])
+    with Image.open(tmp_path / "new" / "x_0.png") as picture:
+        assert (picture.text["prompt"], picture.text["negative_prompt"]) == (
+            "a boat; good: good light; bad: blur", "")
+
+
+def test_what_cannot_be_written_is_said_before_sampling(tmp_path, capsys):
+    for out in (tmp_path, tmp_path / "x.txt", tmp_path / "x"):
+        with pytest.raises(SystemExit):
+            sample.main(["--weights", "nowhere", "--out", str(out)])
+        assert "name the picture of the grid, for example" in capsys.readouterr().err
+
+
+def test_several_adapters_with_strengths_paint_their_sum(files, tmp_path):
+    base = open_base(Weights(str(files[0]), resolution=64), "cpu")
+    names = []
+    for i in (1, 2):
+        names.append(tmp_path / f"{i}.safetensors")
+        lora.save(moved(base.with_adapter(2, seed=i), seed=i).adapter, names[-1])
+    x, t = torch.randn(1, 4, 8, 8), torch.tensor([500])
+    ask = lambda *files: with_lora(base, *files)(x, t, ["a boat"])
+    both = with_lora(base, f"{names[0]}:0.5", f"{names[1]}:-2")
+    weight = base.backbone.parts.unet.get_submodule(next(iter(both.adapter.place))).weight
+    (a, b), name = next(iter(both.adapter.pairs().values())), next(iter(both.adapter.place))
+    one, two = (lora.load(file, {"unet": base.backbone.parts.unet})["unet"][name] for file in names)
+    torch.testing.assert_close(b @ a, 0.5 * one[1] @ one[0] - 2 * two[1] @ two[0])
+    assert (b @ a).shape == weight.shape
+    torch.testing.assert_close(ask(f"{names[0]}:0"), base(x, t, ["a boat"]))
+    torch.testing.assert_close(ask(f"{names[0]}:0.25", f"{names[0]}:0.75"), ask(names[0]),
+                               atol=1e-5, rtol=1e-4)
+    assert (ask(names[0]) - base(x, t, ["a boat"])).abs().max() > 1e-3
+
+
+def test_prompts_of_ones_own_in_the_sample_grids(files, tmp_path, monkeypatch):
+    seen, file = [], tmp_path / "prompts.txt"
+    monkeypatch.setattr(SDModel, "sample", lambda self, captions, **how: (
+        seen.append(captions), torch.zeros(len(captions), 3, 64, 64))[1])
+    file.write_text("\ufeffa boat at night\n\n  a tree \n", encoding="utf-8")
+    common = sd_tiny.flags(files, tmp_path / "out") + ["--prompts", str(file)]
+    with pytest.raises(ValueError, match="--prompts are painted every --sample-every steps"):
+        train_sft.main(common)
+    train_sft.main(common + ["--sample-every", "2"])
+    assert seen == [["a boat at night", "a tree"]] * 2
+    assert (tmp_path / "out" / "samples" / "auxiliary_00002.png").is_file()
+    for content, words in ((b"\n", "no prompt in it"), ("a".encode("utf-16"), "as UTF-8 text")):
+        file.write_bytes(content)
+        with pytest.raises(ValueError, match=words):
+            train_sft.main(common)
 
 
 # ---- both stages
@@ -164,8 +240,11 @@ def test_both_stages_end_to_end_and_diffusers_paints_the_same(files, tmp_path, c
     assert adapter.stat().st_mtime_ns == written           # it was there, and used again
     assert ((tmp_path / "samples" / "target_00002.png").is_file()
             and Image.open(tmp_path / "report.png").width == 2 * 68 + 4)
-    # pictures 8 and 9 of twelve
-    assert report == json.loads((tmp_path / "report.json").read_text()) and report["held_out"] == 2
+    # by the digests of the twelve files
+    held = sum(int(hashlib.sha256(path.read_bytes()).hexdigest()[:8], 16) % 10 > 7
+               for path in files[1].iterdir() if path.suffix in (".png", ".jpg"))
+    assert (report == json.loads((tmp_path / "report.json").read_text())
+            and report["held_out"] == held > 0)
     assert (report["log_ratio"]["target"] != report["log_ratio"]["base"]
             and set(report["errors"]) >= {"target", "auxiliary_told"})
     first = json.loads((tmp_path / "target.jsonl").read_text().splitlines()[0])
@@ -222,6 +301,8 @@ def test_both_stages_end_to_end_and_diffusers_paints_the_same(files, tmp_path, c
         ours = sample.main(["--weights", str(files[0]), "--lora", str(tmp_path / name),
                             "--prompt", "a boat", "--resolution", "64", "--steps", "2",
                             "--seed", "7", "--device", "cpu", "--out", str(tmp_path / "x.png")])
+        with Image.open(tmp_path / "x_0.png") as plain:        # beside the grid, and nothing else
+            assert (np.asarray(plain) == ours[0]).all() and plain.text["seed"] == "7"
         noise = torch.randn(4, 8, 8, generator=torch.Generator().manual_seed(7))[None].double()
         pipe.load_lora_weights(tmp_path, weight_name=name)
         theirs = pipe(prompt="a boat", num_inference_steps=2, guidance_scale=7.5, latents=noise,
@@ -231,6 +312,46 @@ def test_both_stages_end_to_end_and_diffusers_paints_the_same(files, tmp_path, c
                      height=64, width=64, output_type="np").images
         assert (ours.shape == (1, 64, 64, 3) and np.abs(theirs * 255 - ours).max() <= 1
                 and np.abs(theirs - plain).max() > 0.02)
+
+
+@pytest.mark.parametrize("kind", ["sd1", "sdxl"])
+def test_the_commands_of_the_documentation_run_as_they_stand(kind, tmp_path, monkeypatch):
+    """With tiny files under the names that they give, and few steps; the adapters of XL are then
+    known to other programs."""
+    pytest.importorskip("diffusers"), pytest.importorskip("safetensors")
+    from safetensors import safe_open
+    made = sd_tiny.files(tmp_path / "made", kind)
+    monkeypatch.chdir(tmp_path)
+    made[0].rename("sd15"), made[1].rename("paintings")
+    listing = (tmp_path / "paintings" / "metadata.jsonl")
+    rows = listing.read_text()
+    text = (Path(__file__).parent.parent / "docs" / "stable_diffusion.md").read_text("utf-8")
+    block = text.split("## The commands")[1].split("```")[1].replace("\\\n", " ")
+    commands = [shlex.split(line) for line in block.splitlines() if line.startswith("python ")]
+    assert [command[1] for command in commands] == ["-m", "train_sft.py", "train_cpo.py",
+                                                    "sample.py"]
+    few = {"train_sft.py": ["--sft-steps", "1", "--bucket-step", "16", "--resolution", "64"],
+           "sample.py": ["--steps", "1", "--resolution", "64"]}
+    few["train_cpo.py"] = few["train_sft.py"] + ALIGN
+    mains = {"train_sft.py": train_sft.main, "train_cpo.py": train_cpo.main,
+             "sample.py": sample.main}
+    for command in commands:
+        flags = [{"cuda": "cpu"}.get(word, word) for word in command[2:]]
+        if command[1] == "-m":
+            assert flags[0] == "nanocpo.folder.annotate"
+            annotate.main(flags[1:])
+        else:
+            mains[command[1]](flags + few[command[1]])
+    assert (tmp_path / "paintings" / "annotate.html").is_file() and listing.read_text() == rows
+    assert Image.open("samples_0.png").size == (64, 64)
+    for name in ("auxiliary", "target"):
+        with safe_open(f"out_sd/{name}_kohya.safetensors", "pt") as file:
+            told, keys = file.metadata(), list(file.keys())
+        assert told["ss_output_name"] == name and told["ss_network_dim"] == "8"
+        assert ("modelspec.trigger_phrase" in told) == (name == "auxiliary")
+        assert told["ss_base_model_version"] == {"sd1": "sd_v1", "sdxl": "sdxl_base_v1-0"}[kind]
+        assert any("unet_mid_block" in key for key in keys) == (kind == "sd1")
+        assert any("unet_middle_block_1_" in key for key in keys) == (kind == "sdxl")
 
 
 # ---- stage 2 as train_cpo.py runs it, on random latents
@@ -248,6 +369,15 @@ def opened(monkeypatch):
     monkeypatch.setattr(world, "open_base", lambda *asked: base)
     monkeypatch.setattr(world, "load_latents", lambda *asked: data)
     return data, base
+
+
+def test_the_record_tells_zero_terminal_snr(opened, tmp_path):
+    """An adapter that was trained to other noise levels is not used silently."""
+    def told(zero_snr):
+        opened[1].backbone.parts.diffusion = Diffusion("scaled_linear", "v", zero_snr=zero_snr)
+        flags = ["--weights", "unused", "--device", "cpu", "--out", str(tmp_path)]
+        return StableDiffusion(parse_training("", flags, ("common",))).sources()["prediction"]
+    assert (told(False), told(True)) == ("v", "v with zero-terminal SNR")
 
 
 def test_each_part_of_the_data_has_its_use(opened, tmp_path, monkeypatch):

@@ -8,14 +8,15 @@ embedded one). It begins with what metadata.jsonl says already; what was judged 
 browser. Run it again after adding pictures.
 """
 import argparse
+import csv
 import hashlib
 import json
 from pathlib import Path
 from urllib.parse import quote
 
 from ..criteria import Criteria
-from ..utils.cli import command
-from .reading import DataError, folder_criteria
+from ..utils.cli import Parser, command
+from .reading import DataError, caption_of, find_picture, folder_criteria, lines
 
 PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp"}
 TEMPLATE = Path(__file__).with_name("annotate.html")
@@ -36,18 +37,21 @@ def collect(folder, criteria):
     if not files:
         raise DataError(f"{folder}: no picture in it ({', '.join(sorted(PICTURES))})")
     known, listing = {}, folder / "metadata.jsonl"
-    for number, line in enumerate(listing.read_bytes().split(b"\n") if listing.exists() else (), 1):
-        if line.strip():
-            try:
-                row = json.loads(line)
-                states = criteria.annotation(row.pop("positive", []), row.pop("negative", []))
-                file = row.pop("file_name")
-                if file in known:
-                    raise ValueError(f"{file} has a line already")
-                known[file] = str(row.pop("caption", "") or ""), states, row
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
-                raise DataError(f"{listing}, line {number}: {error}; mend the line, or the page "
-                                "would lose it") from error
+    for number, line in lines(listing) if listing.exists() else ():
+        try:
+            row = json.loads(line)
+            states = criteria.annotation(row.pop("positive", []), row.pop("negative", []))
+            path = find_picture(folder, row.pop("file_name"))
+            file = path.relative_to(folder).as_posix()
+            if file in known:
+                raise ValueError(f"{file} has a line already")
+            caption = caption_of(row, path)
+            known[file] = caption, states, {k: v for k, v in row.items()
+                                            if k not in ("caption", "text")}
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise DataError(f"{listing}, line {number}: {error}; mend the line, or the page "
+                            "would lose it") from error
+    table = csv_captions(folder / "metadata.csv")
     lost = sorted(set(known) - set(files))
     if lost:
         raise DataError(f"{listing}: {lost[0]} is no picture of {folder} that every browser shows "
@@ -55,7 +59,8 @@ def collect(folder, criteria):
                         "remove the line: the page would lose it")
     rows = []
     for file in files:
-        caption, states, other = known.get(file, ("", [0] * len(criteria), {}))
+        nothing = (table.get(file) or caption_of({}, folder / file), [0] * len(criteria), {})
+        caption, states, other = known.get(file, nothing)
         row = {"file_name": file, "caption": caption,
                "states": {leaf.name: int(s) for leaf, s in zip(criteria.leaves, states)},
                "other": other}
@@ -66,6 +71,15 @@ def collect(folder, criteria):
             json.dumps(row | {"states": judged}, sort_keys=True).encode()).hexdigest()[:16]
         rows.append(row | {"src": quote(file)})
     return rows
+
+
+def csv_captions(path):
+    """A metadata.csv with the columns file_name and text or caption, as other programs have it ->
+    {file_name: caption}; {} if there is none."""
+    if not path.is_file():
+        return {}
+    with open(path, encoding="utf-8-sig", newline="") as file:
+        return {(row.get("file_name") or ""): caption_of(row, path) for row in csv.DictReader(file)}
 
 
 def page(folder, criteria):
@@ -79,8 +93,8 @@ def page(folder, criteria):
 
 def main(argv=None):
     """Write FOLDER/annotate.html; returns its path."""
-    parser = argparse.ArgumentParser(description=main.__doc__,
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = Parser(description=main.__doc__,
+                    formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("folder",
                         help="folder with pictures, and perhaps metadata.jsonl and criteria.json")
     parser.add_argument("--tree",

@@ -7,6 +7,7 @@ and, if the tree is not the embedded one, criteria.json. To see one:
     python -m nanocpo.toy.export --out paintings --count 1000
 """
 import json
+import unicodedata
 from contextlib import suppress
 from difflib import get_close_matches
 from io import BytesIO
@@ -42,6 +43,38 @@ def folder_criteria(folder):
     return Criteria.load(own) if own.exists() else Criteria.load()
 
 
+def lines(listing):
+    """metadata.jsonl -> [(number, bytes of the line)]. Raises DataError if it is not UTF-8."""
+    content = listing.read_bytes()
+    if content[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        raise DataError(f"{listing}: is UTF-16; save it as UTF-8")
+    content = content.removeprefix(b"\xef\xbb\xbf")
+    return [(number, line) for number, line in enumerate(content.split(b"\n"), 1) if line.strip()]
+
+
+def find_picture(folder, name):
+    """The file that a line names: as it is written, else with / for \\ (Windows) or in the other
+    normal form of Unicode (macOS)."""
+    for spelled in (name, name.replace("\\", "/")):
+        for form in (spelled, *(unicodedata.normalize(form, spelled) for form in ("NFC", "NFD"))):
+            if (folder / form).is_file():
+                return folder / form
+    return folder / name
+
+
+def caption_of(row, path):
+    """The caption of a line {key: value}: under `caption`, or `text` as other programs write it, or
+    in the .txt beside the picture; "" if it has none. Raises DataError if two keys differ."""
+    said = {row[key].strip() for key in ("caption", "text")
+            if isinstance(row.get(key), str) and row[key].strip()}
+    if len(said) > 1:
+        raise DataError("'caption' and 'text' are different; leave one of them out")
+    beside = path.with_suffix(".txt")
+    with suppress(OSError, ValueError):
+        said = said or {beside.read_text(encoding="utf-8-sig").strip()}
+    return said.pop() if said else ""
+
+
 def read_folder(folder, criteria, picture, skip_bad):
     """The lines of a folder's metadata.jsonl -> (criteria, [(picture(path), caption, annotation)],
     number of bad lines)."""
@@ -49,14 +82,19 @@ def read_folder(folder, criteria, picture, skip_bad):
     listing = folder / "metadata.jsonl"
     if not listing.is_file():
         raise DataError(f"{listing}: not found; write one JSON line a picture: file_name, caption, "
-                        "positive, negative")
+                        f"positive, negative; or judge them in the browser: python -m nanocpo."
+                        f"folder.annotate {folder} (it takes captions from .txt files and "
+                        "metadata.csv)")
     criteria = criteria or folder_criteria(folder)
-    rows, skipped = [], 0
-    for number, line in enumerate(listing.read_bytes().split(b"\n"), 1):
-        if not line.strip():
-            continue
+    rows, skipped, seen = [], 0, {}
+    for number, line in lines(listing):
         try:
-            rows.append(_read_line(folder, line, criteria, picture))
+            path, caption, annotation = _read_line(folder, line, criteria)
+            if path.resolve() in seen:
+                raise DataError(f"{path.name} has line {seen[path.resolve()]} already; keep one of "
+                                "the two")
+            rows.append((picture(path), caption, annotation))
+            seen[path.resolve()] = number
         except (DataError, CriteriaError) as error:
             if not skip_bad:
                 raise DataError(f"{listing}, line {number}: {error} (or pass --skip-bad to leave "
@@ -100,8 +138,8 @@ def open_picture(path, shape):
                         "PNG or JPEG") from error
 
 
-def _read_line(folder, line, criteria, picture):
-    """One line of metadata.jsonl -> picture, caption, annotation."""
+def _read_line(folder, line, criteria):
+    """One line of metadata.jsonl -> path of the picture, caption, annotation."""
     try:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:
@@ -109,19 +147,22 @@ def _read_line(folder, line, criteria, picture):
     if not isinstance(row, dict):
         raise DataError("not a JSON object; write {\"file_name\": ..., \"caption\": ..., "
                         "\"positive\": [...], \"negative\": [...]}")
-    for key in ("file_name", "caption"):
-        if not isinstance(row.get(key), str) or not row[key].strip():
-            raise DataError(f"'{key}' is missing or empty; give it as a string")
+    if not isinstance(row.get("file_name"), str) or not row["file_name"].strip():
+        raise DataError("'file_name' is missing or empty; give it as a string")
     for key in {"positive", "negative"} - set(row):     # either may be left out, not misspelled
         for other in get_close_matches(key, row, cutoff=0.8):
             raise DataError(f"'{other}' looks like '{key}' misspelled; mend it, or add \"{key}\": "
                             "[] if it is not")
     annotation = criteria.annotation(row.get("positive", []), row.get("negative", []))
-    path = folder / row["file_name"]
+    path = find_picture(folder, row["file_name"])
     try:
         path.resolve().relative_to(folder.resolve())
     # outside; a null byte, half a surrogate pair, a loop of links
     except (OSError, ValueError, RuntimeError) as error:
         raise DataError(f"{row['file_name']!r} is no file of this folder ({error}); correct it or "
                         "move the picture there") from error
-    return picture(path), row["caption"].strip(), annotation
+    caption = caption_of(row, path)
+    if not caption:
+        raise DataError("'caption' is missing or empty; give it as a string, or as "
+                        f"{Path(row['file_name']).with_suffix('.txt')} beside the picture")
+    return path, caption, annotation

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from dataclasses import fields
 
 from ..utils import ranks
+from ..utils.cli import Parser
 from .settings import QUICK, SAMPLING, STABLE_DIFFUSION, TOY, Weights
 
 
@@ -47,8 +48,8 @@ def _parser(description, argv, toy, stable_diffusion):
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--weights")
     weights = first.parse_known_args(argv)[0].weights
-    parser = argparse.ArgumentParser(description=description.split("\n")[0], allow_abbrev=False,
-                                     usage="%(prog)s [flags]")
+    parser = Parser(description=description.split("\n")[0], allow_abbrev=False,
+                    usage="%(prog)s [flags]")
     parser.add_argument("--help-all", action=_HelpAll)
     for part in stable_diffusion if weights else toy:
         add_flags(parser, part)
@@ -119,4 +120,5 @@ def parse_sampling(description, argv):
                          for part in (toy, Weights()))
     with _told(parser):
         weights.check()
+        sampling.check()
     return sampling, weights

@@ -8,6 +8,7 @@ Those of Stable Diffusion are not tuned on real weights.
 import re
 from argparse import ArgumentTypeError
 from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
 
 from ..diffusion import PREDICTIONS
 from ..losses import RULES
@@ -69,6 +70,9 @@ class SFT:
     # hue and subject are decided at the noisy end
     sft_lean: float = setting(0.7, "timesteps are T u^lean, u uniform (also for --method dpo and "
                               "sft)", more=True, type=above(0, float))
+    min_snr: float | None = setting(None, "largest signal-to-noise ratio that supervised training "
+                                    "weighs a timestep with (Min-SNR; 5 is usual); default: no "
+                                    "weights", more=True, type=above(0, float))
 
 
 @dataclass(frozen=True)
@@ -177,8 +181,11 @@ class Weights:
     weights: str | None = setting(None, "Stable Diffusion 1, 2 or XL instead of the toy: a folder "
                                   "in diffusers' layout, or a .safetensors or .ckpt file (its own "
                                   "flags: --help --weights X)", decides=False)
-    lora: str | None = setting(None, "an adapter: in train_cpo.py the ready auxiliary, in sample.py"
-                               " what to paint with", decides=False)
+    lora: list | None = setting(None, "adapters, FILE or FILE:STRENGTH: in train_cpo.py the ready "
+                                "auxiliary, in sample.py what to paint with", decides=False,
+                                nargs="+")
+    vae: str | None = setting(None, "another VAE: a file, or a folder with one (the latents, which "
+                              "are part of the data, tell)", decides=False)
     config: str | None = setting(None, "single file: a folder in diffusers' layout whose configs "
                                  "and tokenizer to use", decides=False)
     tokenizer: str | None = setting(None, "single file: merges.txt, tokenizer.json or a folder with"
@@ -189,6 +196,9 @@ class Weights:
                                      "nothing, flow (the default), v or eps; Stable Diffusion: if "
                                      "its files do not say (single file of SD 2), eps or v",
                                      choices=list(PREDICTIONS))
+    zero_snr: str | None = setting(None, "whether the noise levels end in pure noise (zero-terminal"
+                                   " SNR), if the files do not say", decides=False,
+                                   choices=["yes", "no"])
     dtype: str = setting("float32", "of the frozen base (--bf16: bfloat16); float16 is for sampling"
                          " only", choices=["float32", "bfloat16", "float16"])
     resolution: int | None = setting(None, "side of a square picture, other shapes have about the "
@@ -198,6 +208,8 @@ class Weights:
     rank: int = setting(8, "of the adapters", type=above(0))
     checkpointing: bool = setting(False, "recompute activations: less memory, more time",
                                   decides=False)
+    prompts: str | None = setting(None, "file with a prompt a line for the grids of training "
+                                  "(--sample-every)", decides=False)
     no_cache: bool = setting(False, "do not keep latents and encoded prompts in OUT/cache",
                              decides=False)
 
@@ -207,6 +219,8 @@ class Weights:
             raise ValueError("--lora needs --weights: an adapter is nothing without its base")
         if self.weights and self.prediction == "flow":
             raise ValueError("--prediction flow: Stable Diffusion 1, 2 and XL predict eps or v")
+        if self.prompts and not self.weights:
+            raise ValueError("--prompts needs --weights: the toy knows its data's captions only")
 
 
 @dataclass(frozen=True)
@@ -259,7 +273,7 @@ class Sampling:
                              nargs="+")
     negative: list = setting((), "attributes to list as bad; with guidance, to move away from",
                              nargs="+")
-    guidance: float = setting(1.0, "1: none", type=number())
+    guidance: float = setting(1.0, "1: none (with --weights also less)", type=number())
     axis: list = setting((), "a knob for each branch, NAME=SCALE: how far to push it from bad to "
                          "good beside the prompt (0: not at all; below 0: the other way). NAME is "
                          "a branch or leaf of the tree; with --weights good phrase / bad phrase",
@@ -269,9 +283,20 @@ class Sampling:
     eta: float = setting(0.0, "0: DDIM; 1: as much noise as DDPM",
                          type=number(float, -1e-9, 1))
     seed: int = setting(0, "of the noise", type=SEED)
+    width: int | None = setting(None, "of a picture, with --weights; default: --resolution",
+                                type=above(0))
+    height: int | None = setting(None, "the same", type=above(0))
     judge: bool = setting(False, "write the critic's verdict under each picture")
     device: str = setting("auto", "auto, cpu, cuda, mps", type=pick_device)
-    out: str = setting("samples.png", "the grid", type=not_empty)
+    out: str = setting("samples.png", "the grid; with --weights the pictures lie beside it",
+                       type=not_empty)
+
+    def check(self):
+        """Raises ValueError on what could not be written, before anything is painted."""
+        file = Path(self.out)
+        if file.is_dir() or file.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
+            raise ValueError(f"--out {self.out}: name the picture of the grid, for example "
+                             f"{(file if file.is_dir() else file.parent) / 'samples.png'}")
 
 
 def knobs(axis):

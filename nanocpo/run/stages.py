@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Protocol
 
 from ..data import Paintings
+from ..diffusion import PREDICTIONS
 from ..method import attribute_prompts, caption_prompts, cpo_step, sft_step
 from ..model import Model
 from ..train import Recipe, fit
@@ -85,6 +86,11 @@ def ready(world, name, base, start, steps, lr, loss_step, made_of, exactly=False
     if stored is None:
         return train(world, name, start(), steps, lr, loss_step, made_of)[0]
     file, model, was = stored
+    if world.settings.common.resume and was and was.get("steps", steps) < steps:
+        flag = "--base-steps" if name == "base" else "--sft-steps"
+        raise ValueError(f"{file} is finished after {was['steps']} steps, and what is finished is "
+                         f"not made longer; {flag} {was['steps']} uses it as it is, and if you "
+                         f"delete it another is trained")
     # of other data, or on another base, it would silently be another model
     use_again(file, was, everything(world, steps, lr, made_of),
               must=None if exactly else {"base", *world.sources()}, cure=world.cure)
@@ -125,18 +131,31 @@ def everything(world, steps, lr, made_of):
     """The record of what a model is made of: digests, and every setting that decides."""
     settings = world.settings
     own = {"steps": steps, "lr": lr, "sft_lean": settings.sft.sft_lean}
+    if settings.sft.min_snr:                # what was trained before it was there had none
+        own["min_snr"] = settings.sft.min_snr
     kind = record(settings.weights) if settings.weights.weights else {}
     return own | record(settings.common) | kind | world.sources() | made_of
 
 
 # --- a training step: draw a batch, and hand it to the method
 
+def min_snr(diffusion, t, gamma):
+    """Weights (B,) of the error at timesteps t: min(SNR_t, gamma) of the picture's, whatever is
+    predicted (2303.09556; docs/derivation.md, section 10)."""
+    a, s = diffusion.shares(diffusion.alpha_bar[t])
+    p, q = PREDICTIONS[diffusion.prediction](a, s)
+    # an error of the prediction is s / (a q - s p) times as large in the picture
+    return ((a / s).square().clamp(max=gamma) * (s / (a * q - s * p)).square()).float()
+
+
 def sft_loss_step(settings, data, make_prompts):
     """loss_step(model, generator) of supervised training; make_prompts: see method.sft_step."""
+    sft = settings.sft
+
     def loss_step(model, generator):
         batch = data.draw(settings.common.batch, generator)
-        return sft_step(model, data.criteria, batch, make_prompts, generator,
-                        settings.sft.sft_lean)
+        weight = sft.min_snr and (lambda t: min_snr(model.diffusion, t, sft.min_snr))
+        return sft_step(model, data.criteria, batch, make_prompts, generator, sft.sft_lean, weight)
     return loss_step
 
 

@@ -2,14 +2,23 @@
 ever executed."""
 import json
 import pickle
+import re
 import zipfile
 from pathlib import Path
 
 import torch
 
+from ..utils import ranks
+
 
 class WeightsError(ValueError):
     """Weights that cannot be used; the message names the file, what is wrong and what to do."""
+
+
+def say(text):
+    """Print what was decided where files leave a choice, once if several processes run."""
+    if ranks.first():
+        print(text)
 
 
 def safetensors():
@@ -38,8 +47,15 @@ def read_tensors(path):
     """One .safetensors, .bin or .ckpt file -> {name: tensor}."""
     path = Path(path)
     if not path.is_file():
-        raise WeightsError(f"{path}: not found")
-    if path.suffix == ".safetensors":
+        raise WeightsError(f"{path}: not found"
+                           + ("; a folder, not one file" if path.is_dir() else ""))
+    with open(path, "rb") as file:          # what it is, whatever it is called
+        head = file.read(9)
+    safe = head[8:] == b"{" and int.from_bytes(head[:8], "little") < path.stat().st_size
+    if path.suffix == ".safetensors" and head[:2] in (b"PK", b"\x80\x02"):
+        raise WeightsError(f"{path}: a checkpoint of torch under a wrong name; rename it to "
+                           f"{path.with_suffix('.ckpt').name}")
+    if safe or path.suffix == ".safetensors":
         package = safetensors()
         try:
             return package.load_file(path)
@@ -61,9 +77,12 @@ def read_tensors(path):
                                  mmap=zipfile.is_zipfile(path))
         content = content.get("state_dict", content)
     except pickle.UnpicklingError as error:
-        raise WeightsError(f"{path}: holds more than tensors, or is no checkpoint; nothing in it "
-                           "was run. Look for the same model as .safetensors "
-                           f"({str(error).splitlines()[0]})") from error
+        # torch's own advice is to load it unsafely
+        other = re.search(r"GLOBAL ([\w.]+)", str(error))
+        what = (f"it holds {other[1]} beside its tensors, which is refused" if other
+                else "it is no checkpoint, or holds more than tensors")
+        raise WeightsError(f"{path}: {what}; nothing in it was run. Look for the same model as "
+                           ".safetensors") from error
     except Exception as error:
         raise WeightsError(f"{path}: not a checkpoint, or cut off ({error}); "
                            "download it again") from error
@@ -71,23 +90,27 @@ def read_tensors(path):
 
 
 def read_part(folder, variant=None):
-    """The tensors of one part (unet/, vae/, text_encoder/): .safetensors before .bin, shards before
-    a whole file."""
-    mark, stem = f".{variant}" if variant else "", "diffusion_pytorch_model"
-    if not any(folder.glob(f"{stem}*")):
-        stem = "model" if any(folder.glob("model*.safetensors*")) else "pytorch_model"
-    for suffix in (".safetensors", ".bin"):
-        index, whole = folder / f"{stem}{suffix}.index{mark}.json", folder / f"{stem}{mark}{suffix}"
-        if index.is_file():
-            return read_shards(index)
-        if whole.is_file():
-            return read_tensors(whole)
+    """The tensors of one part (unet/, vae/, text_encoder/): files of the variant before others,
+    .safetensors before .bin, shards before a whole file."""
+    folder, files = Path(folder), (("diffusion_pytorch_model", ".safetensors"),
+                                   ("model", ".safetensors"), ("diffusion_pytorch_model", ".bin"),
+                                   ("pytorch_model", ".bin"))
+    for mark in ([f".{variant}", ""] if variant else [""]):
+        for stem, suffix in files:
+            index = folder / f"{stem}{suffix}.index{mark}.json"
+            whole = folder / f"{stem}{mark}{suffix}"
+            if not (index.is_file() or whole.is_file()):
+                continue
+            if variant and not mark:
+                say(f"{folder}: no file of the variant {variant}; {whole.name} is read")
+            return read_shards(index) if index.is_file() else read_tensors(whole)
     found = sorted(file.name for file in folder.glob("*")
                    if file.suffix in (".safetensors", ".bin"))
+    kinds = sorted({name.split(".")[1].split("-")[0] for name in found if name.count(".") > 1})
     raise WeightsError(
-        f"{folder}: no {stem}{mark}.safetensors or .bin"
-        + (f"; there is {', '.join(found)}: name the part between the dots as --variant, for "
-           "example fp16" if found else "; is the download complete?"))
+        f"{folder}: no weights of a name that diffusers gives"
+        + (f"; there is {', '.join(found)}" if found else "; is the download complete?")
+        + (f": --variant {' or '.join(kinds)} reads it" if kinds else ""))
 
 
 def read_shards(index):

@@ -1,7 +1,7 @@
 """Pictures of any size as latents: brought to a few sizes of about the same area ("buckets"),
 encoded once, and kept in OUT/cache."""
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -37,7 +37,21 @@ def nearest(size, sizes):
 
 @dataclass
 class LatentPaintings(Paintings):
-    """Paintings whose `images` are latents (4, h, w) in an object array (N,), of several shapes."""
+    """Paintings whose `images` are latents (4, h, w) in an object array (N,), of several shapes.
+    digests: of the N files' contents, in hexadecimal; without them the parts go by position."""
+    digests: tuple = ()
+
+    def take(self, indices):
+        part = super().take(indices)
+        return replace(part, digests=tuple(self.digests[i] for i in indices if self.digests))
+
+    def tenths(self):
+        """By content: one picture under two names is never trained on and held out, and it stays
+        where it is, whatever is added, left out or put in another order."""
+        if not self.digests:
+            return super().tenths()
+        tenths = np.array([int(digest[:8], 16) % 10 for digest in self.digests])
+        return tenths if (tenths < 8).any() else 0 * tenths              # a very small folder
 
     def batch(self, indices):
         """Indices (B,) -> Batch of latents. All of a batch have the shape of its first picture; an
@@ -72,7 +86,7 @@ def load_latents(common, weights, base):
         encode = lambda: vae.encode(to_tensor(np.array(image)[None]).to(base.device))[0].cpu()
         digest = hashlib.sha256(path.read_bytes()).hexdigest()
         with torch.no_grad():
-            return cached(cache, f"latents {key} {image.size} {digest}", encode)
+            return cached(cache, f"latents {key} {image.size} {digest}", encode), digest
 
     criteria = Criteria.load(common.tree) if common.tree else None
     if cache and ranks.count() > 1:               # each encodes its part; then all read all of it
@@ -84,6 +98,7 @@ def load_latents(common, weights, base):
     if enlarged:
         print(f"{len(enlarged)} of {len(rows)} pictures are enlarged, since they are smaller than "
               f"--resolution {resolution} asks ({enlarged[0]}, ...); their blur is learned too")
-    images, captions, annotations = zip(*rows)
+    pictures, captions, annotations = zip(*rows)
+    images, digests = zip(*pictures)
     return LatentPaintings(criteria, np.fromiter(images, object), list(captions),
-                           np.stack(annotations), skipped)
+                           np.stack(annotations), skipped, digests)

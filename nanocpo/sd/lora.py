@@ -18,7 +18,7 @@ from torch import nn
 from ..losses import at_least_float32
 from ..utils.checkpoint import atomic_write
 from .files import WeightsError, read_json, read_tensors, safetensors
-from .names import unet_name
+from .names import attention_name, unet_name
 
 # the attention's layers, as diffusers' trainers choose them
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
@@ -27,7 +27,8 @@ LAYOUTS = {"peft": ("unet.{}.lora_A.weight", "unet.{}.lora_B.weight"),
            "kohya": ("lora_unet_{}.lora_down.weight", "lora_unet_{}.lora_up.weight")}
 UNSUPPORTED = {"hada_": "LoHa", "lokr_": "LoKr", "dora_scale": "DoRA",
                "lora_magnitude_vector": "DoRA", "lora_mid": "LoCon with a middle",
-               "lora_bias": "LoRA with a bias", "lora_B.bias": "LoRA with a bias"}
+               "lora_bias": "LoRA with a bias", "lora_B.bias": "LoRA with a bias",
+               "bundle_emb": "bundled embedding (learned words)"}
 KOHYA_PARTS = {"lora_unet_": "unet", "lora_te_": "text_encoder",
                "lora_te1_": "text_encoder", "lora_te2_": "text_encoder_2"}
 
@@ -103,18 +104,80 @@ def merge(network, pairs):
         weight.data = (at_least_float32(weight) + change).to(weight.dtype)
 
 
-def save(adapter, path, layout="peft"):
+def describe(name, adapter, parts, phrases=()):
+    """What other programs read of an adapter beside its tensors: {key: string}, in the words of
+    sd-scripts (ss_...) and of the modelspec standard. Without it some take an adapter of XL for one
+    of SD 1. parts: the base's; phrases: what to write in prompts."""
+    v, version = parts.diffusion.prediction == "v", parts.version
+    rank = max(map(len, adapter.A), default=0)
+    family = {"1": "v1", "2": "v2-768-v" if v else "v2-512", "xl": "xl-v1-base"}[version]
+    return {"format": "pt", "ss_output_name": name, "ss_network_module": "networks.lora",
+            "ss_base_model_version": "sdxl_base_v1-0" if version == "xl"
+            else f"sd_v{version}{'_v' * v}",
+            # the scale is folded into the tensors
+            "ss_v2": str(version == "2"), "ss_network_dim": str(rank),
+            "ss_network_alpha": str(float(rank)), "modelspec.sai_model_spec": "1.0.0",
+            "modelspec.architecture": f"stable-diffusion-{family}/lora",
+            "modelspec.implementation": "https://github.com/Stability-AI/generative-models"
+            if version == "xl" else "diffusers", "modelspec.title": name,
+            "modelspec.resolution": "x".join(map(str, parts.size[::-1])),
+            "modelspec.prediction_type": "v" if v else "epsilon",
+            **({"modelspec.trigger_phrase": ", ".join(phrases)} if phrases else {})}
+
+
+def save(adapter, path, layout="peft", xl=False, metadata=None):
     """Write a .safetensors file that diffusers' load_lora_weights reads; "kohya" is what most other
-    programs read."""
+    programs read, where the layers of XL (xl) have the names of its original code."""
     tensors, (down, up) = {}, LAYOUTS[layout]
     for name, (a, b) in adapter.pairs().items():
+        name = attention_name(name) if xl and layout == "kohya" else name
         flat = name.replace(".", "_") if layout == "kohya" else name
         tensors |= {down.format(flat): a.cpu().contiguous(), up.format(flat): b.cpu().contiguous()}
         if layout == "kohya":
             # alpha = rank: the scale is in B already
             tensors[f"lora_unet_{flat}.alpha"] = torch.tensor(float(len(a)))
+    content = safetensors().save(tensors, metadata)
+    size = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:8 + size])
+    # the package writes the metadata in any order: the same adapter would be other bytes each time
+    if metadata:
+        header["__metadata__"] = dict(sorted(metadata.items()))
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
     with atomic_write(path) as temporary:
-        safetensors().save_file(tensors, temporary)
+        temporary.write_bytes(len(text).to_bytes(8, "little") + text + content[8 + size:])
+
+
+def named(text):
+    """FILE or FILE:STRENGTH -> (path, strength). Raises WeightsError on what is no adapter's
+    file."""
+    file, _, strength = str(text).rpartition(":")
+    try:
+        path, strength = Path(file or "?"), float(strength)
+    except ValueError:
+        path, strength = Path(text), 1.0
+    if path.is_dir():
+        inside = sorted(path.glob("*.safetensors"))
+        raise WeightsError(f"--lora {path}: a folder; name the file in it"
+                           + (f", for example {inside[0]}" if inside else ""))
+    if not path.is_file():
+        raise WeightsError(f"--lora {path}: not found; it is a file that you have, for nothing is "
+                           "downloaded")
+    if path.suffix in (".pt", ".pth", ".ckpt"):
+        raise WeightsError(f"--lora {path}: not the adapter's file; that ends in .safetensors "
+                           "(training writes it beside the .pt)")
+    return path, strength
+
+
+def together(adapters):
+    """[({layer name: (A, B)}, strength)] -> one such: their matrices side by side."""
+    pairs = {}
+    for layers, strength in adapters:
+        for name, (a, b) in layers.items():
+            old = pairs.get(name)
+            b = strength * b
+            pairs[name] = (torch.cat([old[0], a]), torch.cat([old[1], b], 1)) if old else (a, b)
+    return pairs
 
 
 def load(path, networks):

@@ -4,7 +4,7 @@ import copy
 import hashlib
 import math
 import warnings
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -71,12 +71,29 @@ class Backbone:
         for part in (parts.unet, parts.vae, *parts.encoders):
             part.to(device)
         self.lora, self.cache, self.device = LoRA(parts.unet), cache, torch.device(device)
+        self.resting = False
         self.config = {"kind": "lora", "size": list(size)}
         self.key = (f"{[encoder.config for encoder in parts.encoders]} "
                     f"{fingerprint(*parts.encoders)}" if cache else "")
         if checkpointing:
             for level in (*parts.unet.down_blocks, parts.unet.mid_block, *parts.unet.up_blocks):
                 level.step = partial(recomputed, level.step, self.lora)
+
+    def rest(self):
+        """From now on text encoders and VAE wait on the CPU and are on the device only while they
+        work: what is encoded already is in the cache."""
+        self.resting = True
+        for part in (self.parts.vae, *self.parts.encoders):
+            part.to("cpu")
+
+    @contextmanager
+    def awake(self, *parts):
+        """Inside the with-block these parts are on the device."""
+        for part in parts:
+            part.to(self.device)
+        yield
+        for part in parts if self.resting else ():
+            part.to("cpu")
 
     @cached_property
     def digest(self):
@@ -104,8 +121,9 @@ class Backbone:
         zeros = texts == [""] and self.parts.zeros_for_empty
 
         def run():
-            outputs = [encoder(torch.tensor(i, device=self.device))
-                       for encoder, i in zip(self.parts.encoders, ids)]
+            with self.awake(*self.parts.encoders):
+                outputs = [encoder(torch.tensor(i, device=self.device))
+                           for encoder, i in zip(self.parts.encoders, ids)]
             if len(outputs) == 1:                                         # SD 1, 2: the last layer
                 return outputs[0][0].flatten(0, 1).cpu(), None
             context = torch.cat(
@@ -165,10 +183,11 @@ class SDModel(Model):
 
     def sample(self, prompts, negative=None, guidance=1.0, steps=30, eta=0.0, seed=0, batch=1,
                axes=()):
-        """Model.sample; with guidance other than 1 and no `negative`, away from the
-        empty prompt."""
-        return super().sample(prompts, negative or [""] * len(prompts), guidance, steps, eta,
-                              seed, batch, axes)
+        """Model.sample; without `negative` away from the empty prompt. Guidance of 1 or less is
+        none, as in diffusers: for distilled models people write 0."""
+        with self.backbone.awake(self.backbone.parts.vae):
+            return super().sample(prompts, negative or [""] * len(prompts), max(guidance, 1.0),
+                                  steps, eta, seed, batch, axes)
 
     @property
     def latent_shape(self):

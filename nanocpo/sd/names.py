@@ -9,7 +9,9 @@ import re
 
 from .files import WeightsError
 
-VIT_L = {"architectures": ["CLIPTextModel"], "hidden_act": "quick_gelu", "eos_token_id": 2}
+VIT_L = {"architectures": ["CLIPTextModel"], "hidden_act": "quick_gelu", "eos_token_id": 2,
+         "hidden_size": 768, "intermediate_size": 3072,
+         "num_hidden_layers": 12, "num_attention_heads": 12}
 OPENCLIP_H = {"architectures": ["CLIPTextModel"], "hidden_act": "gelu", "eos_token_id": 49407,
               "hidden_size": 1024, "intermediate_size": 4096,
               "num_hidden_layers": 23, "num_attention_heads": 16}
@@ -23,17 +25,23 @@ XL_UNET = {"block_out_channels": [320, 640, 1280],
            "attention_head_dim": [5, 10, 20], "cross_attention_dim": 2048,
            "addition_embed_type": "text_time", "addition_time_embed_dim": 256,
            "projection_class_embeddings_input_dim": 2816, "sample_size": 128}
+BETAS = {"_class_name": "DDIMScheduler", "beta_schedule": "scaled_linear", "beta_start": 0.00085,
+         "beta_end": 0.012, "set_alpha_to_one": False, "steps_offset": 1}
 # what the config.json files of the same models say, where it differs from diffusers' defaults
 PRESETS = {
     "1": {"unet": {"cross_attention_dim": 768, "sample_size": 64},
-          "vae": {}, "text_encoder": VIT_L, "scheduler": {}},
+          "vae": {}, "text_encoder": VIT_L, "scheduler": BETAS},
     "2": {"unet": {"cross_attention_dim": 1024, "attention_head_dim": [5, 10, 20, 20],
                    "sample_size": 96},
           "vae": {}, "text_encoder": OPENCLIP_H,
-          "scheduler": {"prediction_type": "v_prediction"}},
+          "scheduler": BETAS | {"prediction_type": "v_prediction"}},
     "xl": {"unet": XL_UNET, "vae": {"scaling_factor": 0.13025},
            "text_encoder": VIT_L, "text_encoder_2": BIG_G,
-           "scheduler": {"_class_name": "EulerDiscreteScheduler", "timestep_spacing": "leading"}}}
+           "scheduler": BETAS | {"_class_name": "EulerDiscreteScheduler",
+                                 "timestep_spacing": "leading"}}}
+# tensors by which a fine-tune says what it predicts, and that its schedule ends in pure noise
+MARKS = {"v_pred": {"prediction_type": "v_prediction"},
+         "ztsnr": {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}}
 
 TOP = {"time_embed.0": "time_embedding.linear_1", "time_embed.2": "time_embedding.linear_2",
        "label_emb.0.0": "add_embedding.linear_1", "label_emb.0.2": "add_embedding.linear_2",
@@ -79,6 +87,14 @@ def unet_name(name):
                                         else f"attentions.{i}.{rest}")
 
 
+def attention_name(name):
+    """The name of a layer in a UNet's transformer -> the original code's."""
+    name = name.replace("mid_block.attentions.0.", "middle_block.1.")
+    return re.sub(r"^(down|up)_blocks\.(\d+)\.attentions\.(\d+)\.", lambda found: (
+        f"input_blocks.{3 * int(found[2]) + int(found[3]) + 1}.1." if found[1] == "down"
+        else f"output_blocks.{3 * int(found[2]) + int(found[3])}.1."), name)
+
+
 def vae_name(name, levels):
     """A VAE's name -> ours. The decoder's levels are counted from the other end there."""
     name = swap(swap(name, MIDDLE), RESNET)
@@ -91,6 +107,20 @@ def vae_name(name, levels):
         return f"decoder.up_blocks.{levels - 1 - int(up[1])}.{kind}{up[3]}"
     head, attention, rest = name.partition("mid_block.attentions.0.")
     return head + attention + (swap(rest, ATTENTION, start=True) if attention else rest)
+
+
+def vae_names(state):
+    """The tensors of a VAE, of either code base, alone or in a checkpoint, under our names."""
+    inside = {name.removeprefix("first_stage_model."): x for name, x in state.items()
+              if name.startswith("first_stage_model.")} or state
+    levels = len({name.split(".")[2] for name in inside if name.startswith("decoder.up.")})
+    return {vae_name(name, levels): x for name, x in inside.items()
+            if not name.startswith(("loss.", "model_ema."))}
+
+
+def marks(state):
+    """What a checkpoint says of itself by the names of tensors: {scheduler's setting: value}."""
+    return {key: value for mark in MARKS if mark in state for key, value in MARKS[mark].items()}
 
 
 def openclip(state, penultimate=False):
@@ -128,9 +158,9 @@ OTHERS = {"conditioner.embedders.0.model.": "the XL refiner, which only finishes
 
 
 def split(state, where):
-    """A checkpoint -> ({part: its tensors under our names}, their configurations). Raises
-    WeightsError on what is something else, by name. An average of the UNet's weights (model_ema.)
-    is left alone: what the file calls its model is taken, as diffusers does."""
+    """A checkpoint -> ({part: its tensors under our names}, their configurations, "1", "2" or
+    "xl"). Raises WeightsError on what is something else, by name. An average of the UNet's weights
+    (model_ema.) is left alone: what the file calls its model is taken, as diffusers does."""
     has = lambda prefix: any(name.startswith(prefix) for name in state)
     for prefix, what in OTHERS.items():
         if has(prefix):
@@ -140,25 +170,13 @@ def split(state, where):
                            "Stable Diffusion 1, 2 or XL")
     cut = lambda prefix: {name[len(prefix):]: x for name, x in state.items()
                           if name.startswith(prefix)}
-    unet, vae = cut("model.diffusion_model."), cut("first_stage_model.")
-    levels = len({name.split(".")[2] for name in vae if name.startswith("decoder.up.")})
-    if not vae:
-        raise WeightsError(f"{where}: no VAE in it (first_stage_model.); take the whole "
-                           "checkpoint, not the pruned UNet")
-    parts = {"unet": {unet_name(name): x for name, x in unet.items()},
-             "vae": {vae_name(name, levels): x for name, x in vae.items()
-                     if not name.startswith("loss.")}}
+    parts = {"unet": {unet_name(name): x for name, x in cut("model.diffusion_model.").items()},
+             "vae": vae_names(cut("first_stage_model."))}
     if has("conditioner.embedders.1.model."):
-        marked = {"v_pred": {"prediction_type": "v_prediction"},
-                  "ztsnr": {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}}
-        scheduler = PRESETS["xl"]["scheduler"]
-        # fine-tunes say so by empty tensors of these names
-        for mark in marked.keys() & state.keys():
-            scheduler = scheduler | marked[mark]
         return (parts | {"text_encoder": cut("conditioner.embedders.0.transformer."),
                          "text_encoder_2": openclip(cut("conditioner.embedders.1.model."))},
-                PRESETS["xl"] | {"scheduler": scheduler})
+                PRESETS["xl"], "xl")
     if has("cond_stage_model.model."):
         return (parts | {"text_encoder": openclip(cut("cond_stage_model.model."),
-                                                  penultimate=True)}, PRESETS["2"])
-    return parts | {"text_encoder": cut("cond_stage_model.transformer.")}, PRESETS["1"]
+                                                  penultimate=True)}, PRESETS["2"], "2")
+    return parts | {"text_encoder": cut("cond_stage_model.transformer.")}, PRESETS["1"], "1"

@@ -31,7 +31,7 @@ def held_out(data):
     """The first pictures of the validation and test parts together: nothing is chosen by
     either here."""
     parts = (*SPLITS["validation"], *SPLITS["test"])
-    return data.take([i for i in range(len(data)) if i % 10 in parts][:PICTURES])
+    return data.take([i for i, tenth in enumerate(data.tenths()) if tenth in parts][:PICTURES])
 
 
 def errors(model, latents, *prompts, seed=0):
@@ -112,9 +112,10 @@ def report(settings, held, base, auxiliary, target, columns, cpo_step=None):
         chosen = np.isin(np.arange(len(criteria)), columns).astype(np.int8)
         sides = [[criteria.prompt(c, sign * chosen) for c in captions] for sign in (1, -1)]
         encode = auxiliary.latents.encode
-        ratios = {name: log_ratio(errors(auxiliary, [encode(x[None])[0] for x in some], *sides,
-                                         seed=common.seed))
-                  for name, some in pictures.items()}
+        with auxiliary.backbone.awake(auxiliary.latents):
+            again = {name: [encode(x[None])[0] for x in some] for name, some in pictures.items()}
+        ratios = {name: log_ratio(errors(auxiliary, latents, *sides, seed=common.seed))
+                  for name, latents in again.items()}
         # in pairs: caption and noises are the same
         ratios["difference"] = ratios["target"] - ratios["base"]
         result["log_ratio"] = {name: dict(zip(("mean", "ci"), interval(values)))

@@ -27,31 +27,57 @@ def words(text):
     words of their own."""
     # Python's re knows no classes of characters as Unicode's L and N: one letter for each class,
     # but those of contractions stay
-    kind = (lambda c: c if c in "'strevmld" else " " if c.isspace()
+    # U+001C to U+001F are spaces to Python, and not to Unicode
+    kind = (lambda c: c if c in "'strevmld" else " " if c.isspace() and not "\x1c" <= c <= "\x1f"
             else {"L": "L", "N": "N"}.get(unicodedata.category(c)[0], "."))
     found = re.finditer(r"'(?:s|t|re|ve|m|ll|d)|[Lstrevmld]+|N|['.]+", "".join(map(kind, text)))
     return [text[word.start():word.end()] for word in found]
 
 
+def plain(text):
+    """Text as it is looked up: NFC, and lower case letter by letter, for of a whole string Python
+    gives a sigma at the end of a word another form."""
+    return "".join(c.lower() for c in unicodedata.normalize("NFC", text))
+
+
+def finder(tokens):
+    """A pattern that splits a text at {token: only as a whole word}, the longest first."""
+    each = (rf"(?<!\w){re.escape(token)}(?!\w)" if whole else re.escape(token)
+            for token, whole in sorted(tokens.items(), key=lambda item: -len(item[0])))
+    return re.compile(f"({'|'.join(each) or '(?!)'})")
+
+
 class Tokenizer:
     """`tokenizer(text)` -> 77 ids; `tokenizer.encode(text)` -> the ids of the text alone."""
 
-    def __init__(self, merges, vocabulary=None, pad=EOS, length=77):
+    def __init__(self, merges, vocabulary=None, pad=EOS, length=77, added=()):
         """merges: pairs in the order of their rank. vocabulary {token: id}; None derives it: bytes,
-        bytes that end a word, merges."""
+        bytes that end a word, merges. added: learned words, as tokenizer.json lists them:
+        {"content", "id", and perhaps "normalized": found in the text as it is looked up (else as
+        it is written), "single_word"}."""
         self.letters = byte_letters()
         if vocabulary is None:
             tokens = [*self.letters.values(), *(c + "</w>" for c in self.letters.values()),
                       *map("".join, merges), BOS, EOS]
             vocabulary = {token: i for i, token in enumerate(tokens)}
+        vocabulary = vocabulary | {token["content"]: token["id"] for token in added}
         missing = [token for token in (BOS, EOS, pad) if token not in vocabulary]
         if missing:
             raise WeightsError(f"the tokenizer's vocabulary has no {', '.join(missing)}: "
                                "it is not CLIP's")
         self.vocabulary, self.length, self.pad = vocabulary, length, vocabulary[pad]
         self.rank = {tuple(pair): i for i, pair in enumerate(merges)}
+        added = [token for token in added if token["content"] not in (BOS, EOS, pad)]
+        whole = lambda token: bool(token.get("single_word"))
+        written = [token for token in added if not token.get("normalized", True)]
+        looked_up = [token for token in added if token.get("normalized", True)]
         # with pad "!" every "!" is a pad
-        self.special = re.compile("(" + "|".join(map(re.escape, {BOS, EOS, pad})) + ")")
+        self.special = finder(dict.fromkeys((BOS, EOS, pad), False)
+                              | {token["content"]: whole(token) for token in written})
+        self.learned = finder({plain(token["content"]): whole(token) for token in looked_up})
+        self.ids = ({token: vocabulary[token] for token in (BOS, EOS, pad)}
+                    | {token["content"]: token["id"] for token in written}
+                    | {plain(token["content"]): token["id"] for token in looked_up})
         self.word_ids = lru_cache(maxsize=50000)(self._word_ids)
 
     @classmethod
@@ -66,13 +92,12 @@ class Tokenizer:
             raise WeightsError(f"no tokenizer in {' or '.join(map(str, files))}; give --tokenizer, "
                                "a folder with merges.txt or tokenizer.json (any repository of "
                                "Stable Diffusion has one)")
-        vocabulary = None
+        vocabulary, listed, added = None, [], {}
         try:
             if path.suffix == ".json":
                 content = read_json(path)
                 vocabulary, merges = content["model"]["vocab"], content["model"]["merges"]
-                vocabulary |= {token["content"]: token["id"]
-                               for token in content.get("added_tokens", [])}
+                listed = content.get("added_tokens", [])
                 merges = [pair.split(" ") if isinstance(pair, str) else pair for pair in merges]
             else:
                 lines = path.read_text(encoding="utf-8").split("\n")
@@ -81,6 +106,19 @@ class Tokenizer:
                 merges = [line.split(" ") for line in lines if line.strip()]
                 if (folder / "vocab.json").is_file():
                     vocabulary = read_json(folder / "vocab.json")
+            beside = {file: read_json(folder / file) if (folder / file).is_file() else {}
+                      for file in ("tokenizer_config.json", "added_tokens.json")}
+            config, old = beside.values()
+            listed += [token | {"id": int(number)}
+                       for number, token in config.get("added_tokens_decoder", {}).items()]
+            listed += [{"content": token, "id": number} for token, number in old.items()]
+            for token in listed:
+                added.setdefault(token["content"], token)
+                if added[token["content"]]["id"] != token["id"]:
+                    raise ValueError(f"'{token['content']}' is token {token['id']} in one file of "
+                                     f"the folder and {added[token['content']]['id']} in another")
+            if config.get("do_lower_case") is False:
+                raise ValueError("do_lower_case = False is not supported")
             if any(len(pair) != 2 for pair in merges):
                 raise ValueError("a merge is two tokens with a space between")
         except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -90,7 +128,7 @@ class Tokenizer:
             if pad is None and (folder / name).is_file():
                 pad = read_json(folder / name).get("pad_token")
                 pad = pad["content"] if isinstance(pad, dict) else pad
-        return cls(merges, vocabulary, pad or EOS)
+        return cls(merges, vocabulary, pad or EOS, added=added.values())
 
     def _word_ids(self, word):
         """One word -> its ids: the pair of lowest rank is merged, wherever it stands, until no
@@ -115,12 +153,14 @@ class Tokenizer:
         ids = []
         for i, part in enumerate(self.special.split(text)):
             if i % 2:
-                ids.append(self.vocabulary[part])
+                ids.append(self.ids[part])
                 continue
-            # lower case letter by letter: of a whole string, Python gives a sigma at the end of a
-            # word another form
-            for word in words("".join(c.lower() for c in unicodedata.normalize("NFC", part))):
-                ids += self.word_ids(word)
+            for j, piece in enumerate(self.learned.split(plain(part))):
+                if j % 2:
+                    ids.append(self.ids[piece])
+                    continue
+                for word in words(piece):
+                    ids += self.word_ids(word)
         return ids
 
     def __call__(self, text):

@@ -25,31 +25,49 @@ from .report import held_out, report
 from .weights import load_parts
 
 
-def open_base(weights, device, dtype=None, cache=None):
+def open_base(weights, device, dtype=None, cache=None, height=None, width=None):
     """The frozen base that settings.Weights name, as an SDModel without an adapter: it is the
     reference."""
     parts = load_parts(weights.weights, weights.config, weights.tokenizer, weights.variant,
-                       getattr(torch, dtype or weights.dtype), weights.prediction)
-    resolution = weights.resolution or parts.resolution
-    for flag, value in (("resolution", resolution), ("bucket-step", weights.bucket_step)):
-        if value % parts.vae.factor:
+                       getattr(torch, dtype or weights.dtype), weights.prediction,
+                       weights.zero_snr, weights.vae)
+    size = (weights.resolution,) * 2 if weights.resolution else parts.size
+    size = height or size[0], width or size[1]
+    for flag, value in (("resolution", weights.resolution), ("bucket-step", weights.bucket_step),
+                        ("height", height), ("width", width)):
+        if value and value % parts.vae.factor:
             raise ValueError(f"--{flag} {value} must be a multiple of {parts.vae.factor}")
-    return SDModel(Backbone(parts, cache=cache, size=(resolution,) * 2,
-                            checkpointing=weights.checkpointing, device=device))
+    return SDModel(Backbone(parts, cache=cache, size=size, checkpointing=weights.checkpointing,
+                            device=device))
 
 
-def with_lora(base, path, merge_text=False):
-    """The base with the adapter of a file. merge_text: what it says of the text encoders is merged
-    into them; else it is refused."""
+def with_lora(base, *files, merge_text=False):
+    """The base with the adapters of files (FILE or FILE:STRENGTH), added up. merge_text: what they
+    say of the text encoders is merged into them; else it is refused."""
     parts, names = base.backbone.parts, ("text_encoder", "text_encoder_2")
-    pairs = lora.load(path, {"unet": parts.unet} | dict(zip(names, parts.encoders)))
-    if not merge_text and pairs.keys() - {"unet"}:
-        raise WeightsError(f"{path}: it adapts the text encoder too, which all models share in "
-                           "training; give one for the UNet alone")
-    for name, encoder in zip(names, parts.encoders):
-        lora.merge(encoder, pairs.get(name, {}))
-    adapter = lora.Adapter(pairs.get("unet", {})).to(base.device)
+    networks, loaded = {"unet": parts.unet} | dict(zip(names, parts.encoders)), []
+    for path, strength in map(lora.named, files):
+        pairs = lora.load(path, networks)
+        if not merge_text and pairs.keys() - {"unet"}:
+            raise WeightsError(f"{path}: it adapts the text encoder too, which all models share in "
+                               "training; give one for the UNet alone")
+        for name in pairs.keys() - {"unet"}:
+            lora.merge(networks[name], lora.together([(pairs[name], strength)]))
+        loaded.append((pairs.get("unet", {}), strength))
+    adapter = lora.Adapter(lora.together(loaded)).to(base.device)
     return SDModel(base.backbone, adapter).eval().requires_grad_(False)
+
+
+def read_prompts(path):
+    """A file with a prompt a line -> [prompts]. Raises ValueError where there is none."""
+    try:
+        prompts = [line.strip() for line in
+                   Path(path).read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"--prompts {path}: cannot be read as UTF-8 text ({error})") from error
+    if not prompts:
+        raise ValueError(f"--prompts {path}: there is no prompt in it; write one a line")
+    return prompts
 
 
 class StableDiffusion:
@@ -66,6 +84,12 @@ class StableDiffusion:
         if cpo.paint:
             raise ValueError(f"--paint {cpo.paint}: with --weights CPO trains on the folder's own "
                              "pictures; leave it out")
+        self.shown = read_prompts(weights.prompts) if weights.prompts else None
+        if weights.prompts and not common.sample_every:
+            raise ValueError("--prompts are painted every --sample-every steps; give it too")
+        if len(weights.lora or ()) > 1 or any(lora.named(f)[1] != 1 for f in weights.lora or ()):
+            raise ValueError("--lora in training is one ready auxiliary, as it is: one file, "
+                             "without a strength")
         dtype = "bfloat16" if common.bf16 else weights.dtype
         if dtype == "float16":
             raise ValueError("--dtype float16 is for sampling: small gradients vanish in it; train "
@@ -76,21 +100,25 @@ class StableDiffusion:
         self.data = load_latents(common, weights, base)
         backbone = base.backbone
         backbone.criteria, backbone.captions = self.data.criteria, sorted(set(self.data.captions))
+        if not weights.no_cache:            # latents and prompts are kept
+            backbone.rest()
         self.base = SDModel(backbone)
 
     def path(self, name):
         return self.out / f"{name}.pt"
 
     def sources(self):
-        return {"data": self.data.digest(), "prediction": self.base.diffusion.prediction}
+        diffusion = self.base.diffusion     # one name for what is predicted, and at which noise
+        zero = " with zero-terminal SNR" if diffusion.alpha_bar[-1] == 0 else ""
+        return {"data": self.data.digest(), "prediction": diffusion.prediction + zero}
 
     def given(self, name):
         if name == "base":
             return self.base
         path, lora_file = self.out / f"{name}.safetensors", self.settings.weights.lora
         if lora_file:
-            print(f"{lora_file}: used as it is")
-            return with_lora(self.base, lora_file)
+            print(f"{lora_file[0]}: used as it is")
+            return with_lora(self.base, *lora_file)
         if path.is_file() and not self.path(name).is_file():
             # brought from elsewhere, or its checkpoint, which would tell, was deleted
             print(f"{path}: used as it is; delete it to train another")
@@ -112,8 +140,13 @@ class StableDiffusion:
     def publish(self, model, name):
         path = self.out / f"{name}.safetensors"
         if ranks.first():
-            lora.save(model.adapter, path)
-            lora.save(model.adapter, self.out / f"{name}_kohya.safetensors", "kohya")
+            parts, leaves = model.backbone.parts, self.data.criteria.leaves
+            # the auxiliary reads phrases, the target plain captions
+            told = lora.describe(name, model.adapter, parts, [leaf.positive for leaf in leaves]
+                                 if name == "auxiliary" else ())
+            lora.save(model.adapter, path, metadata=told)
+            lora.save(model.adapter, self.out / f"{name}_kohya.safetensors", "kohya",
+                      parts.version == "xl", told)
             print(f"{path} written")
         ranks.wait()
         return with_lora(self.base, path) if name == "auxiliary" else model
@@ -122,13 +155,14 @@ class StableDiffusion:
         how = self.settings.report
 
         def paint(average, step):
-            captions = [self.base.captions[i % len(self.base.captions)] for i in range(4)]
+            known = self.base.captions
+            captions = self.shown or [known[i % len(known)] for i in range(4)]
             images = np.concatenate([
                 to_images(model.sample(captions, guidance=how.guidance, steps=how.sampling_steps,
                                        seed=self.settings.common.seed))
                 for model in (self.base, average)])
             save_grid(self.out / "samples" / f"{name}_{step:05d}.png", images, captions * 2,
-                      columns=4, zoom=1, titles=["base", f"{name}, step {step}"])
+                      columns=len(captions), zoom=1, titles=["base", f"{name}, step {step}"])
         return paint
 
     def wants_auxiliary(self):
@@ -161,15 +195,16 @@ class StableDiffusionPainter:
         if "all" in (*sampling.positive, *sampling.negative):
             raise ValueError("--positive all and --negative all: a base knows no tree; with "
                              "--weights name the phrases")
-        model = open_base(weights, sampling.device)
-        self.model = with_lora(model, weights.lora, merge_text=True) if weights.lora else model
+        model = open_base(weights, sampling.device, height=sampling.height, width=sampling.width)
+        self.weights = weights
+        self.model = with_lora(model, *weights.lora, merge_text=True) if weights.lora else model
         self.captions = sampling.caption or [""]
 
     def prompts(self, captions):
         """captions: N -> (N Prompts, N Prompts to guide away from; None: the empty prompt)."""
         good, bad = tuple(self.sampling.positive), tuple(self.sampling.negative)
         # without guidance one prompt carries both sides
-        beside = bad if self.sampling.guidance == 1 else ()
+        beside = bad if self.sampling.guidance <= 1 else ()
         return ([Prompt(c, good, beside) for c in captions],
                 [Prompt(c, (), bad) for c in captions] if bad else None)
 
@@ -187,3 +222,17 @@ class StableDiffusionPainter:
     def labels(self, images, captions):
         """What stands under each picture."""
         return captions
+
+    def notes(self, number, prompt, away):
+        """What makes picture `number` again: {key: text}; `parameters` is in the words that most
+        programs read."""
+        how, (height, width) = self.sampling, self.model.backbone.size
+        away = str(away or "") if how.guidance > 1 else ""
+        settings = {"Steps": how.steps, "CFG scale": how.guidance, "Seed": how.seed,
+                    "Size": f"{width}x{height}", "Model": Path(self.weights.weights).stem,
+                    # of the seed: they differ in their noise
+                    "Picture": number, "eta": how.eta,
+                    "LoRA": " ".join(map(str, self.weights.lora or ()))}
+        listed = ", ".join(f"{key}: {value}" for key, value in settings.items() if value != "")
+        return {"prompt": str(prompt), "negative_prompt": away, "seed": str(how.seed),
+                "parameters": f"{prompt}\nNegative prompt: {away}\n{listed}"}

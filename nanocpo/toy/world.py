@@ -134,6 +134,8 @@ class ToyPainter:
 
     def __init__(self, sampling):
         self.sampling = sampling
+        if sampling.width or sampling.height:
+            raise ValueError("--width and --height need --weights: the toy paints one size")
         self.model = load_model(sampling.checkpoint, sampling.device)
         self.captions = sampling.caption or self.model.captions
         self.columns = max(sampling.count, 4)

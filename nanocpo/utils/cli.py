@@ -38,6 +38,13 @@ def not_empty(text):
     return text
 
 
+class Parser(argparse.ArgumentParser):
+    """Tells a wrong flag in one line, without the list of all flags before it."""
+
+    def error(self, message):
+        self.exit(2, f"error: {message} (--help shows the flags)\n")
+
+
 def command(main, several=False):
     """Run a script's main(). An error that its user can mend (ValueError or one that this package
     made of it), or that a file system, a diverging training or a full GPU raises, is told in one

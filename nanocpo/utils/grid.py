@@ -3,6 +3,7 @@ from bisect import bisect_right
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
 
 
 def save_grid(path, images, labels=None, columns=8, zoom=4, titles=None):
@@ -30,3 +31,17 @@ def save_grid(path, images, labels=None, columns=8, zoom=4, titles=None):
         pen.text((6, 6 + row * step_h), title, fill="black", font=ImageFont.load_default(14))
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     sheet.save(path)
+
+
+def save_pictures(path, images, notes):
+    """Each of images uint8 (N, H, W, 3) as a PNG beside the grid `path`: NAME_0.png and so on, with
+    its notes {key: text} as the file's metadata. Returns their paths."""
+    path, paths = Path(path), []
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for i, (image, texts) in enumerate(zip(images, notes)):
+        info = PngInfo()
+        for key, text in texts.items():
+            info.add_itxt(key, text)
+        paths.append(path.with_name(f"{path.stem}_{i}.png"))
+        Image.fromarray(image).save(paths[-1], pnginfo=info)
+    return paths
