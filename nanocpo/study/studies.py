@@ -13,6 +13,9 @@ docs/results. Settings are chosen on validation seeds, by the rule in `choose` (
 own), and measured on fresh seeds; intervals are 95 % over seeds (Student's t).
 """
 import json
+import os
+import platform
+import time
 from pathlib import Path
 
 import numpy as np
@@ -150,6 +153,7 @@ def publish(args, summary, *parts):
     (folder / f"{stem}.json").write_text(
         json.dumps(summary, indent=1, ensure_ascii=False), encoding="utf-8")
     some = " --only " + " ".join(f'"{name}"' for name in args.only) if args.only else ""
+    some += " --bases " + " ".join(Path(base).name for base in args.bases) if args.bases else ""
     for flag, usual in (("seeds", [1, 2, 3]), ("validation", [101, 102]), ("more_seeds", [4, 5]),
                         ("top", [5])):
         values = np.atleast_1d(vars(args)[flag]).tolist()
@@ -158,7 +162,9 @@ def publish(args, summary, *parts):
     how = (f"`python -m nanocpo.study {args.study} --data {args.data}{some}`; "
            f"{args.steps} steps of {args.batch} pictures, {args.samples} pictures a row, "
            f"{args.sampling_steps} sampling steps, seeds {', '.join(map(str, args.seeds))} "
-           f"(95 % intervals over seeds, Student's t), base and auxiliary of seed {args.seed}.")
+           f"(95 % intervals over seeds, Student's t), base and auxiliary of "
+           f"{'the folders of --bases' if args.bases else f'seed {args.seed}'}, "
+           f"{time.strftime('%Y-%m-%d')}, {platform.machine()} with {os.cpu_count()} cores.")
     text = "\n\n".join([f"# {stem.replace('_', ', ')}", *parts,
                         f"![chart]({stem}.png)", how]) + "\n"
     (folder / f"{stem}.md").write_text(text, encoding="utf-8")
