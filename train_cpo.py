@@ -9,7 +9,7 @@ used again. At each step the frozen auxiliary names two targets at the same nois
 towards the positive and one towards the negative attributes, and the target model, which sees plain
 captions only, learns to prefer the first (2601.04300, stage 2). About a minute on two CPU cores
 once base and auxiliary are there; #A_neg, the number of negative attributes in a picture, falls
-from about 6.7 of 12 to between 0.6 and 1.
+from about 6.7 of 12 to a tenth of one. --quick tells the same story in three minutes.
 
 One batch is nanocpo/method.py's cpo_step, its loss nanocpo/losses.py's cpo_loss.
 """
