@@ -309,9 +309,8 @@ def test_kohya_files_have_sd_scripts_names(version, count, tmp_path):
 def test_an_adapter_says_what_it_is(plugged, tmp_path, version, prediction, base, architecture):
     from safetensors import safe_open
     adapter = plugged[1].new(3, alpha=12)
-    parts = SimpleNamespace(version=version, size=(512, 768),
-                            diffusion=SimpleNamespace(prediction=prediction))
-    told = lora.describe("target", adapter, parts, ["rich colour", "level horizon"])
+    parts = SimpleNamespace(version=version, diffusion=SimpleNamespace(prediction=prediction))
+    told = lora.describe("target", adapter, parts, (512, 768), ["rich colour", "level horizon"])
     lora.save(adapter, tmp_path / "x.safetensors", "kohya", metadata=told)
     with safe_open(tmp_path / "x.safetensors", "pt") as file:
         got = file.metadata()
@@ -328,7 +327,7 @@ def test_an_adapter_says_what_it_is(plugged, tmp_path, version, prediction, base
     for _ in range(3):
         lora.save(adapter, tmp_path / "x.safetensors", "kohya", metadata=told)
         assert (tmp_path / "x.safetensors").read_bytes() == before
-    assert "modelspec.trigger_phrase" not in lora.describe("target", adapter, parts)
+    assert "modelspec.trigger_phrase" not in lora.describe("target", adapter, parts, (64, 64))
 
 
 # ---- the oracles
@@ -358,10 +357,10 @@ def unet_inputs(kind):
 def test_diffusers_loads_our_files(pipe, layout, tmp_path):
     kind, theirs, unet, places = pipe
     adapter, (inputs, added) = trained(places.new(3, alpha=5)), unet_inputs(kind)
-    parts = SimpleNamespace(version="xl" if kind == "sdxl" else "1", size=(64, 64),
+    parts = SimpleNamespace(version="xl" if kind == "sdxl" else "1",
                             diffusion=SimpleNamespace(prediction="eps"))
     lora.save(adapter, tmp_path / "pytorch_lora_weights.safetensors", layout, kind == "sdxl",
-              lora.describe("x", adapter, parts))
+              lora.describe("x", adapter, parts, (64, 64)))
     plain = unet(*inputs)
     with places.using(adapter):
         want = unet(*inputs)

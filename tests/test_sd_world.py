@@ -348,6 +348,7 @@ def test_the_commands_of_the_documentation_run_as_they_stand(kind, tmp_path, mon
         with safe_open(f"out_sd/{name}_kohya.safetensors", "pt") as file:
             told, keys = file.metadata(), list(file.keys())
         assert told["ss_output_name"] == name and told["ss_network_dim"] == "8"
+        assert told["modelspec.resolution"] == "64x64"               # that of the training
         assert ("modelspec.trigger_phrase" in told) == (name == "auxiliary")
         assert told["ss_base_model_version"] == {"sd1": "sd_v1", "sdxl": "sdxl_base_v1-0"}[kind]
         assert any("unet_mid_block" in key for key in keys) == (kind == "sd1")

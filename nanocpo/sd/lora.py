@@ -104,10 +104,11 @@ def merge(network, pairs):
         weight.data = (at_least_float32(weight) + change).to(weight.dtype)
 
 
-def describe(name, adapter, parts, phrases=()):
+def describe(name, adapter, parts, size, phrases=()):
     """What other programs read of an adapter beside its tensors: {key: string}, in the words of
     sd-scripts (ss_...) and of the modelspec standard. Without it some take an adapter of XL for one
-    of SD 1. parts: the base's; phrases: what to write in prompts."""
+    of SD 1. parts: the base's; size (height, width): that it was trained at; phrases: what to write
+    in prompts."""
     v, version = parts.diffusion.prediction == "v", parts.version
     rank = max(map(len, adapter.A), default=0)
     family = {"1": "v1", "2": "v2-768-v" if v else "v2-512", "xl": "xl-v1-base"}[version]
@@ -120,7 +121,7 @@ def describe(name, adapter, parts, phrases=()):
             "modelspec.architecture": f"stable-diffusion-{family}/lora",
             "modelspec.implementation": "https://github.com/Stability-AI/generative-models"
             if version == "xl" else "diffusers", "modelspec.title": name,
-            "modelspec.resolution": "x".join(map(str, parts.size[::-1])),
+            "modelspec.resolution": "x".join(map(str, size[::-1])),
             "modelspec.prediction_type": "v" if v else "epsilon",
             **({"modelspec.trigger_phrase": ", ".join(phrases)} if phrases else {})}
 

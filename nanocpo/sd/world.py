@@ -142,8 +142,8 @@ class StableDiffusion:
         if ranks.first():
             parts, leaves = model.backbone.parts, self.data.criteria.leaves
             # the auxiliary reads phrases, the target plain captions
-            told = lora.describe(name, model.adapter, parts, [leaf.positive for leaf in leaves]
-                                 if name == "auxiliary" else ())
+            told = lora.describe(name, model.adapter, parts, model.backbone.size,
+                                 [leaf.positive for leaf in leaves] if name == "auxiliary" else ())
             lora.save(model.adapter, path, metadata=told)
             lora.save(model.adapter, self.out / f"{name}_kohya.safetensors", "kohya",
                       parts.version == "xl", told)
