@@ -47,7 +47,7 @@ def answers(numbers, seed, hints=True):
     for n in numbers:
         exercise, checks = table[n], {}
         for name, check in CHECKS.get(n, {}).items():
-            asks = f"({exercise.equation}) {check.asks or exercise.asks}"
+            asks = f"{exercise.equation}: {check.asks}" if check.asks else exercise.asks
             checks[name] = {"tier": check.tier, "asks": asks, "expected": outcome(n, name, seed)}
         wrongs = []
         for wrong in exercise.wrong if hints else ():
