@@ -67,7 +67,8 @@ def handed_in(folder, exercise):
     missing = [f for f in exercise.functions if f not in functions]
     # a stub is put in as the stub: it must not be graded as the reference
     functions |= {f: stub(exercise, f) for f in missing}
-    return functions, added, "nothing is written yet" if len(missing) == len(exercise.functions) else ""
+    empty = len(missing) == len(exercise.functions)
+    return functions, added, "nothing is written yet" if empty else ""
 
 
 def score(exercise, outs, told):
@@ -79,7 +80,8 @@ def score(exercise, outs, told):
         tiers[check["tier"]].append(text is None)
         if text:
             lines.append(f"{check['tier']}, {name}:\n{text}")
-    share = sum(SHARES[tier] * sum(passed) / len(passed) for tier, passed in tiers.items() if passed)
+    share = sum(SHARES[tier] * sum(passed) / len(passed)
+                for tier, passed in tiers.items() if passed)
     return exercise.points * share, lines
 
 
@@ -134,7 +136,8 @@ def write(graded, table, out):
         for student, results in graded.items():
             points = [round(results[n][0], 2) for n in numbers]
             rows.writerow([student, *points, round(sum(points), 2)])
-            suite = ElementTree.SubElement(suites, "testsuite", name=student, tests=str(len(numbers)))
+            suite = ElementTree.SubElement(suites, "testsuite", name=student,
+                                           tests=str(len(numbers)))
             tests = []
             for n in numbers:
                 got, text = results[n]
@@ -151,7 +154,8 @@ def write(graded, table, out):
                               "max_score": full, "output": text})
             (out / f"{student}.json").write_text(json.dumps(
                 {"score": round(sum(points), 2), "tests": tests}, indent=1), encoding="utf-8")
-    ElementTree.ElementTree(suites).write(out / "grades.xml", encoding="utf-8", xml_declaration=True)
+    ElementTree.ElementTree(suites).write(out / "grades.xml", encoding="utf-8",
+                                          xml_declaration=True)
 
 
 # --- tests that students write
@@ -182,7 +186,8 @@ def kill(path, exercise, limit=120):
     if result is None:
         return 0.0, [text]
     if not result.pop("reference"):
-        return 0.0, [f"{Path(path).name}: its tests do not pass on the reference (or there are none)"]
+        return 0.0, [f"{Path(path).name}: its tests do not pass on the reference, or there are "
+                     "none"]
     killed = sum(result.values())
     lines = [f"{killed} of {len(result)} planted bugs noticed; {exercise.full} earn all points"]
     lines += [f"not noticed: {hint}" for hint, dead in result.items() if not dead]

@@ -29,7 +29,8 @@ def helpers(text, reference_text):
     for node in tree.body:
         other = find(reference_text, node.name) if isinstance(node, ast.ClassDef) else None
         if other is not None:
-            found[node.name] = [textwrap.dedent(" " * n.col_offset + ast.get_source_segment(text, n))
+            lines = text.splitlines()
+            found[node.name] = [textwrap.dedent("\n".join(lines[n.lineno - 1:n.end_lineno]))
                                 for n in fresh(node.body, other.body)]
     return found
 

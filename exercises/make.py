@@ -1,9 +1,11 @@
 """A student's copy: some functions are stubs, everything else is the reference."""
-import importlib
 import json
 import shutil
 import sys
 from pathlib import Path
+
+from nanocpo.model import load_model
+from nanocpo.utils.checkpoint import load_checkpoint, save_checkpoint
 
 from .check import fingerprint, outcome, wrong_key
 from .install import installed
@@ -116,8 +118,6 @@ def make(folder, numbers, weights=None):
 def starter_weights(out, folder):
     """base.pt and auxiliary.pt of a training, in half precision and without the optimiser's state,
     so that "look at" needs no training."""
-    model = importlib.import_module("nanocpo.model")
-    from nanocpo.utils.checkpoint import load_checkpoint, save_checkpoint
     size = 0
     for name in ("base", "auxiliary"):
         path = Path(out) / f"{name}.pt"
@@ -126,10 +126,10 @@ def starter_weights(out, folder):
                 if key in content}
         kept["ema"] = {key: value.half() if value.is_floating_point() else value
                        for key, value in content["ema"].items()}
-        if name == "auxiliary" and isinstance(kept.get("made_of"), dict) and "base" in kept["made_of"]:
+        if name == "auxiliary" and "base" in (kept.get("made_of") or {}):
             # rounding made another base of it, and the auxiliary belongs to this one
             kept["made_of"] = kept["made_of"] | {
-                "base": model.load_model(folder / "base.pt").digest()}
+                "base": load_model(folder / "base.pt").digest()}
         save_checkpoint(folder / f"{name}.pt", kept)
         size += (folder / f"{name}.pt").stat().st_size
     if size > 12e6:

@@ -119,7 +119,8 @@ def flow_goal(draw):
 
 def converted(draw, kind, dtype=torch.float64):
     prediction, xt = draw.like(2, dtype)
-    x0, eps = Diffusion("cosine", kind).x0_and_eps(prediction, xt, draw.times(len(xt)).clamp(5, 990))
+    t = draw.times(len(xt)).clamp(5, 990)
+    x0, eps = Diffusion("cosine", kind).x0_and_eps(prediction, xt, t)
     return {"x0": x0, "eps": eps}
 
 
@@ -329,7 +330,8 @@ def masked(draw):
     nothing = torch.zeros_like(valid)
     empty = losses.preference_loss(0 * win, 0 * lose, beta, lam, nothing)[0]
     slope = gradients(empty, win=win)["gradient of win"]
-    return out | {"no sample": empty, "its slope": torch.zeros_like(win) if slope is None else slope}
+    slope = torch.zeros_like(win) if slope is None else slope
+    return out | {"no sample": empty, "its slope": slope}
 
 
 @check(7, "robust", "the step's noise, kept: the mean loss over margins u + spread n (E21)",

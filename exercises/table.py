@@ -43,7 +43,8 @@ def split_name(function):
     for i in range(len(parts) - 1, 0, -1):
         if (ROOT / "nanocpo" / Path(*parts[:i])).with_suffix(".py").exists():
             return "nanocpo/" + "/".join(parts[:i]) + ".py", ".".join(parts[i:])
-    raise ValueError(f"exercises/table.toml: no file below nanocpo holds '{function}'; mend the row")
+    raise ValueError(f"exercises/table.toml: no file below nanocpo holds '{function}'; mend the "
+                     "row")
 
 
 def find(text, name):
@@ -110,8 +111,8 @@ def _edited(row, number, source, bugs, function):
     """The source of a wrong solution that is an edit: of a planted bug, or old and new."""
     if "bug" in row:
         if row["bug"] not in bugs:
-            raise ValueError(f"exercises/table.toml, exercise {number}: tests/mutants.py has no row "
-                             f"'{row['bug']}'; mend the row, or write it as old and new")
+            raise ValueError(f"exercises/table.toml, exercise {number}: tests/mutants.py has no "
+                             f"row '{row['bug']}'; mend the row, or write it as old and new")
         old, new = bugs[row["bug"]].old, bugs[row["bug"]].new
     else:
         old, new = row["old"], row["new"]
@@ -142,7 +143,10 @@ def load(path=Path(__file__).parent / "table.toml"):
         base = known | {right.function: right.source for right in exercise.right}
         for wrong in wrongs:
             function = wrong.get("function", exercise.functions[0])
-            source = with_body(*reference(function), wrong["body"]) if "body" in wrong else _edited(
-                wrong, exercise.number, (known if "bug" in wrong else base)[function], bugs, function)
+            if "body" in wrong:
+                source = with_body(*reference(function), wrong["body"])
+            else:
+                before = (known if "bug" in wrong else base)[function]
+                source = _edited(wrong, exercise.number, before, bugs, function)
             exercise.wrong.append(Solution(function, source, wrong["hint"]))
     return exercises

@@ -9,14 +9,18 @@ from functools import cache
 from xml.etree import ElementTree
 
 import pytest
+import torch
+from toy_tiny import tiny_model
 
 from exercises import hidden  # noqa: F401
 from exercises.check import complaint, difference, hint_of, outcome, wrong_key
 from exercises.grade import grade, handed_in, kill, score
 from exercises.install import helpers, installed
-from exercises.make import answers, make, parse_numbers, solution_lines
+from exercises.make import answers, make, parse_numbers, solution_lines, starter_weights
 from exercises.probes import CHECKS
 from exercises.table import ROOT, load, reference, replaced, source_of, split_name, stub
+from nanocpo.model import load_model
+from nanocpo.utils.checkpoint import is_finished, load_checkpoint, save_checkpoint
 
 TABLE = load()
 CODED = [n for n in TABLE if TABLE[n].functions]
@@ -207,8 +211,8 @@ def test_a_poisoned_body_fails_every_exercise():
 
 def test_what_is_taken_from_a_students_file():
     text, name = reference("losses._balance")
-    changed = text.replace("def _dot(a, b):", "def _dot(a, b, c=1):") + "\n\ndef mine():\n    pass\n"
-    assert helpers(changed, text) == {"": ["def mine():\n    pass"], "Rule": []}
+    changed = text.replace("def _dot(a, b):", "def _dot(a, b, c=1):") + "\n\ndef mine():\n    0\n"
+    assert helpers(changed, text) == {"": ["def mine():\n    0"], "Rule": []}
     functions, _, text = handed_in(ROOT, TABLE[8])
     assert set(functions) == {"losses.dpo_loss"} and text == ""
 
@@ -243,3 +247,29 @@ def test_every_exercise_has_its_page():
         page = (ROOT / f"docs/exercises/{number:02d}.md").read_text(encoding="utf-8")
         assert page.startswith(f"# {number}. {exercise.title}\n") and len(page.splitlines()) <= 40
         assert f"{exercise.points} points" in page and f"pytest -m ex{number}" in page
+
+
+def test_starter_weights_fit_together_and_are_small(tmp_path):
+    base, auxiliary = tiny_model(), tiny_model(1)
+    for name, model, made_of in (("base", base, {}), ("auxiliary", auxiliary,
+                                                      {"base": base.digest()})):
+        save_checkpoint(tmp_path / f"{name}.pt", model.content() | {
+            "ema": model.state_dict(), "model": model.state_dict(), "optimizer": [0] * 99,
+            "step": 4, "steps": 4, "made_of": made_of})
+    starter_weights(tmp_path, tmp_path / "copy")
+    content = load_checkpoint(tmp_path / "copy" / "auxiliary.pt")
+    assert content["made_of"]["base"] == load_model(tmp_path / "copy" / "base.pt").digest()
+    assert "optimizer" not in content and "model" not in content and is_finished(content)
+    assert content["ema"]["unet.conv_in.weight"].dtype == torch.float16
+    for name in ("base", "auxiliary"):
+        assert (tmp_path / "copy" / f"{name}.pt").stat().st_size < 0.4 * (
+            tmp_path / f"{name}.pt").stat().st_size
+
+
+def test_the_colab_cell_runs_in_a_copy(copies):
+    text = (ROOT / "docs/teaching.md").read_text(encoding="utf-8")
+    clone, install, tests = text.split("## In Colab")[1].split("```")[1].strip().splitlines()
+    assert clone.startswith("git clone") and install.startswith("pip install -r requirements.txt")
+    assert (copies[2] / "requirements.txt").exists() and (copies[2] / "docs/report.png").exists()
+    done = run(copies[2], *tests.removeprefix("python -m ").split())
+    assert done.returncode == 0, done.stdout
