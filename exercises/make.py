@@ -2,6 +2,7 @@
 import json
 import shutil
 import sys
+from functools import cache
 from pathlib import Path
 
 from nanocpo.model import load_model
@@ -42,7 +43,14 @@ def parse_numbers(text):
     return sorted(set(numbers))
 
 
-def answers(numbers, seed, hints=True):
+@cache
+def visible():
+    """The answers of every exercise for the seed that students see, as JSON."""
+    numbers = [n for n, exercise in load().items() if exercise.functions]
+    return json.dumps({"seed": SEED, "exercises": answers(numbers, SEED)})
+
+
+def answers(numbers, seed):
     """What the reference gives at every check, and how each known wrong solution gives itself
     away: numbers only. Runs the reference of this process."""
     table, out = load(), {}
@@ -52,7 +60,7 @@ def answers(numbers, seed, hints=True):
             asks = f"{exercise.equation}: {check.asks}" if check.asks else exercise.asks
             checks[name] = {"tier": check.tier, "asks": asks, "expected": outcome(n, name, seed)}
         wrongs = []
-        for wrong in exercise.wrong if hints else ():
+        for wrong in exercise.wrong:
             with installed({wrong.function: wrong.source}):
                 outs = {name: outcome(n, name, seed) for name in checks}
             wrongs.append({"hint": wrong.hint, "prints": {
@@ -105,8 +113,7 @@ def make(folder, numbers, weights=None):
     for name in KEPT:
         shutil.copy(here / name, own / name)
     shutil.copy(here / "student_tests.py", own / "test_exercises.py")
-    visible = answers([n for n in table if table[n].functions], SEED)
-    (own / "answers.json").write_text(json.dumps({"seed": SEED, "exercises": visible}))
+    (own / "answers.json").write_text(visible(), encoding="utf-8")
     (folder / "mine.py").write_text((here / "student_mine.py").read_text(encoding="utf-8"))
     marks = "".join(f"    ex{n}: {table[n].title}\n" for n in table)
     (folder / "pytest.ini").write_text(INI + marks)

@@ -1,5 +1,5 @@
-"""Your exercises' tests: `pytest -m ex4` runs exercise 4, `pytest` all of them. What is
-expected was recorded from the reference (answers.json); the grader uses other inputs and other shapes."""
+"""Your exercises' tests: `pytest -m ex4` runs exercise 4, `pytest` all of them. What is expected
+was recorded from the reference (answers.json); the grader uses other inputs and other shapes."""
 import json
 from functools import cache
 from pathlib import Path

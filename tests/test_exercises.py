@@ -23,6 +23,8 @@ from nanocpo.model import load_model
 from nanocpo.utils.checkpoint import is_finished, load_checkpoint, save_checkpoint
 
 TABLE = load()
+# lines of a solution that code which is no exercise has too
+SHARED = {"chosen = np.isin(np.arange(len(criteria)), columns)"}
 CODED = [n for n in TABLE if TABLE[n].functions]
 
 
@@ -131,7 +133,7 @@ def test_no_copy_shows_a_solution(copies):
         for path in folder.rglob("*"):
             if path.is_file() and path.suffix not in (".png", ".pt"):
                 text = path.read_text(encoding="utf-8")
-                shown = [line for line in lines if line in text]
+                shown = [line for line in lines if line in text and line not in SHARED]
                 assert not shown, f"{path}: {shown}"
         names = {path.name for path in folder.rglob("*")}
         assert not names & {"table.toml", "mutants.py", "hidden.py", "grade.py", "log.md",
@@ -186,7 +188,7 @@ def submissions(tmp_path):
 
 
 def test_grading_in_bulk(submissions):
-    graded = grade(submissions / "in", [4], "s", submissions / "out", limit=60)
+    graded = grade(submissions / "in", [4], "s", submissions / "out", limit=15)
     points = {student: results[4][0] for student, results in graded.items()}
     assert points["right"] == points["helper"] == TABLE[4].points
     assert max(points[s] for s in ("poison", "empty", "loop")) < 0.7 * TABLE[4].points
