@@ -26,8 +26,8 @@ def problem(number, name):
 def waits_for(number, name):
     """The exercise that this one calls and that is empty or not right yet, or None."""
     empty = outcomes(number)[name].get("waits")
-    if empty and empty[0] != str(number):
-        return empty[0]
+    if empty:
+        return empty[0] if empty[0] != str(number) else None
     return next((n for n in EXERCISES[number]["needs"]
                  if any(problem(n, check) for check in EXERCISES[n]["checks"])), None)
 
