@@ -82,7 +82,7 @@ def score(exercise, outs, told):
             lines.append(f"{check['tier']}, {name}:\n{text}")
     share = sum(SHARES[tier] * sum(passed) / len(passed)
                 for tier, passed in tiers.items() if passed)
-    return exercise.points * share, lines
+    return round(exercise.points * share, 6), lines
 
 
 def grade_one(folder, exercise, told, seed, limit):
