@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from functools import cache
 from xml.etree import ElementTree
 
@@ -187,7 +188,7 @@ def submissions(tmp_path):
 
 
 def test_grading_in_bulk(submissions):
-    graded = grade(submissions / "in", [4], "s", submissions / "out", limit=15)
+    graded = grade(submissions / "in", [4], "s", submissions / "out", limit=10)
     points = {student: results[4][0] for student, results in graded.items()}
     assert points["right"] == points["helper"] == TABLE[4].points
     assert max(points[s] for s in ("poison", "empty", "loop")) < 0.7 * TABLE[4].points
@@ -234,13 +235,14 @@ def test_collapse():
 
 
 def test_tests_of_a_student_are_paid_by_the_bugs_that_they_notice(tmp_path):
+    exercise = replace(TABLE[10], kill=[9], full=8)
     (tmp_path / "mine.py").write_text(TESTS)
-    points, lines = kill(tmp_path / "mine.py", TABLE[10])
-    assert 0 < points < TABLE[10].points and "planted bugs noticed" in lines[0]
+    points, lines = kill(tmp_path / "mine.py", exercise)
+    assert 0 < points < exercise.points and "planted bugs noticed" in lines[0]
     (tmp_path / "wrong.py").write_text("def test():\n    assert False\n")
-    assert kill(tmp_path / "wrong.py", TABLE[10])[0] == 0
+    assert kill(tmp_path / "wrong.py", exercise)[0] == 0
     (tmp_path / "blind.py").write_text("def test():\n    pass\n")
-    assert kill(tmp_path / "blind.py", TABLE[10])[0] == 0
+    assert kill(tmp_path / "blind.py", exercise)[0] == 0
 
 
 def test_every_exercise_has_its_page():
@@ -263,7 +265,7 @@ def test_starter_weights_fit_together_and_are_small(tmp_path):
     assert "optimizer" not in content and "model" not in content and is_finished(content)
     assert content["ema"]["unet.conv_in.weight"].dtype == torch.float16
     for name in ("base", "auxiliary"):
-        assert (tmp_path / "copy" / f"{name}.pt").stat().st_size < 0.4 * (
+        assert (tmp_path / "copy" / f"{name}.pt").stat().st_size < 0.6 * (
             tmp_path / f"{name}.pt").stat().st_size
 
 
