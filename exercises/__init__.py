@@ -1,0 +1,1 @@
+"""Exercises in a repository: `python -m exercises make | grade | kill` (docs/teaching.md)."""
