@@ -619,7 +619,8 @@ def check():
 
 
 def _python_files():
-    patterns = ("*.py", "nanocpo/**/*", "tests/*.py", "benchmarks/*.py", "docs/*.md", "*.toml",
+    patterns = ("*.py", "nanocpo/**/*", "tests/*.py", "benchmarks/*.py", "exercises/**/*",
+                "docs/**/*.md", "docs/*.html", "*.toml",
                 "README.md")
     return sorted(p for pattern in patterns for p in ROOT.glob(pattern)
                   if p.is_file() and p.suffix != ".pyc")
