@@ -1,7 +1,7 @@
 """Mutants: bugs planted on purpose, one at a time; the tests must fail on each.
 
     python tests/mutants.py                 # all of them, two at a time; a run that stopped goes on
-    python tests/mutants.py --every 17      # every seventeenth: the subset of .ci/run
+    python tests/mutants.py --every 21      # every twenty-first: the subset of .ci/run
     python tests/mutants.py --only losses   # those of one file
 
 Each mutant is applied to a copy of the project; the tests of its own file run first, and if they
