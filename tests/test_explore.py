@@ -15,7 +15,7 @@ from nanocpo.study.mixture import NEGATIVE, PLAIN, POSITIVE, flawed_world
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "explore.html"
 TEXT = PAGE.read_text(encoding="utf-8")
 RULES = {"none": 1.0, "winner": 0.0, "constant": 0.3, "safeguard": 0.4, "balance": 0.9,
-         "clamped": 1.0}
+         "clamped": 1.0, "noisy": 0.8}
 
 
 def test_the_page_is_one_small_file_that_loads_nothing():
@@ -27,7 +27,7 @@ def test_the_page_is_one_small_file_that_loads_nothing():
 def test_the_script_computes_what_the_study_computes(tmp_path):
     torch.manual_seed(0)
     points = [[*(2 * torch.randn(4, dtype=torch.float64)).tolist(), int(torch.randint(1000, ())),
-               0.1 + float(torch.rand(())), list(RULES)[i % 6]] for i in range(100)]
+               0.1 + float(torch.rand(())), list(RULES)[i % 7]] for i in range(100)]
     script = re.search(r"<script>(.*?)</script>", TEXT, re.S)[1] + f"""
     const rows = {json.dumps(points)}, strengths = {json.dumps(RULES)};
     console.log(JSON.stringify(rows.map(([a, b, c, d, t, beta, rule]) => {{
@@ -54,6 +54,9 @@ def test_the_script_computes_what_the_study_computes(tmp_path):
                 *gradient.flatten().tolist()]
         theirs = [seen["loss"], seen["margin"], seen["gap"], seen["lam"], *seen["gradient"]]
         assert theirs == pytest.approx(ours, rel=1e-9, abs=1e-9)
+        if rule == "noisy":
+            expected = exact[0] + 0.8 * (exact[1] - exact[2])
+            assert end == pytest.approx(expected.flatten().tolist(), rel=1e-9)
         if rule == "constant":
             expected = exact[1] + 0.3 / 0.7 * (exact[1] - exact[2])
             assert end == pytest.approx(expected.flatten().tolist(), rel=1e-9)

@@ -58,6 +58,14 @@ def test_quick_is_other_defaults_and_no_more(capsys):
     assert "--quick is the toy's" in capsys.readouterr().err
 
 
+def test_strengths_without_a_limit_are_refused(capsys):
+    for flags, words in (("--stabilizer constant --strength 1", "needs less than 1"),
+                         ("--stabilizer noisy --strength 0", "s must be above 0")):
+        with pytest.raises(SystemExit):
+            settings_of(*flags.split())
+        assert words in capsys.readouterr().err
+
+
 def test_knobs_of_the_branches():
     assert knobs(["Color Relations=2", "a=b=-0.5"]) == [("Color Relations", 2.0), ("a=b", -0.5)]
     for wrong in ("Level", "Level=", "Level=much"):

@@ -153,6 +153,9 @@ class CPO:
             raise ValueError(f"--name '{self.name}' is no name for files, or is taken by stage 1 "
                              "and the report; choose another")
         here = self.filled()
+        if here.stabilizer == "noisy" and here.strength <= 0:
+            raise ValueError(f"--strength {here.strength:g}: 'noisy' ends at the reference + s "
+                             "(z_win - z_lose), and s must be above 0 (docs/derivation.md, E21)")
         constant = here.method == "esd" or here.method == "cpo" and here.stabilizer == "constant"
         if constant and here.strength >= 1:
             raise ValueError(f"--strength {here.strength:g}: 'constant' needs less than 1; at 1 it "
