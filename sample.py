@@ -2,7 +2,7 @@
 
     python sample.py --checkpoint out/target.pt --caption "a boat" "a tree" --count 4 --judge
     python sample.py --checkpoint out/auxiliary.pt --positive all --negative all --guidance 2
-    python sample.py --checkpoint out/auxiliary.pt --axis "Color Relations=2" "Composition=0"
+    python sample.py --checkpoint out/auxiliary.pt --axis "Color Relations=1" "Composition=0.5"
     python sample.py --weights sd15 --lora out_sd/target.safetensors --prompt "a boat on a lake"
 
 A plain model needs the caption only. With --guidance other than 1 the sample is guided from the
