@@ -64,7 +64,7 @@ class Bench:
             p.data += 0.01 * torch.randn_like(p)
         self.base, self.auxiliary = base.frozen_copy(), base.frozen_copy()
         self.auxiliary.unet.conv_in.weight.data *= 1.1
-        self.settings = TOY.changed(batch=batch, device=str(device))
+        self.settings = TOY.changed(batch=batch, device=str(device), paint=0)   # no sampling first
         self.device, self.bf16 = torch.device(device), bf16
 
     def loss_step(self, kind):

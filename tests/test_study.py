@@ -194,7 +194,7 @@ def test_an_auxiliary_of_degraded_annotations_must_agree_in_every_setting(tiny, 
     degraded = lab.changed(args, judged=0.25, wrong=0.0)
     first = lab.Lab(args).taught(degraded)[1]
     assert first.digest() == lab.Lab(args).taught(degraded)[1].digest()
-    with pytest.raises(ValueError, match="auxiliary.pt belongs to another run .steps.; choose"):
+    with pytest.raises(ValueError, match="auxiliary.pt is finished after 1 steps, and what is"):
         lab.Lab(lab.changed(args, sft_steps=2)).taught(degraded)
 
 
