@@ -1,7 +1,7 @@
 """Mutants: bugs planted on purpose, one at a time; the tests must fail on each.
 
     python tests/mutants.py                 # all of them, two at a time; a run that stopped goes on
-    python tests/mutants.py --every 21      # every twenty-first: the subset of .ci/run
+    python tests/mutants.py --every 29      # every twenty-ninth: the subset of .ci/run
     python tests/mutants.py --only losses   # those of one file
 
 Each mutant is applied to a copy of the project; the tests of its own file run first, and if they
@@ -647,8 +647,8 @@ def survives(mutant):
             shutil.copy(path, copy)
         tests = sorted(f"tests/{p.name}" for p in (Path(folder) / "tests").glob("test_*.py")
                        if p.name != "test_mutants.py")
-        if mutant is None:
-            return _pytest(folder, tests)
+        if mutant is None:                  # nothing else runs yet
+            return _pytest(folder, ["-n", "2", *tests])
         path = Path(folder) / mutant.file
         path.write_text(path.read_text(encoding="utf-8").replace(mutant.old, mutant.new),
                         encoding="utf-8")
