@@ -578,13 +578,17 @@ def test_charts_show_their_data(tmp_path):
             and ticks(-0.3, 0.3, 6) == [-0.3, -0.2, -0.1, 0, 0.1, 0.2, 0.3])
     line_chart(tmp_path / "a.png", {"one": ([0, 1, 2], [1.0, None, 3.0], [0.1, 0, 0.1])},
                "title", "x", "y")
+    for name, joined in (("d", True), ("e", False)):
+        line_chart(tmp_path / f"{name}.png", {"one": ([0, 2], [1.0, 3.0], [0, 0])}, "title", "x",
+                   "y", joined=joined)
     bar_chart(tmp_path / "b.png", {"a": (1.0, 0.2), "b": (2.0, 0.0)}, "title", "x", highlight=["a"])
     matrix_chart(tmp_path / "c.png", [[0.2, 1.0], [1.0, 1.9]], ["a", "b"], ["a", "b and c"],
                  "title")
     pixels = {name: np.asarray(Image.open(tmp_path / f"{name}.png")).reshape(-1, 3)
-              for name in "abc"}
+              for name in "abcde"}
     colour = lambda name, rgb: (np.abs(pixels[name].astype(int) - rgb).max(1) < 4).sum()
     blue = (0x1f, 0x5f, 0xa8)
+    assert 20 < colour("e", blue) < colour("d", blue) - 100       # dots alone
     assert (colour("a", blue) > 20 and colour("b", blue) > 1000 and colour("c", (205, 73, 82)) < 50
             and colour("c", (90, 136, 187)) > 500)
 

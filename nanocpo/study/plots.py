@@ -70,9 +70,9 @@ def ticks(low, high, count=6):
             for i in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
 
 
-def line_chart(path, series, title, x_label, y_label):
+def line_chart(path, series, title, x_label, y_label, joined=True):
     """series: {name: (x values, means, halves of the intervals)}; None in means leaves a gap. One
-    line each, with a legend."""
+    line each, with a legend; joined False: dots alone."""
     width, height = 760, 430
     points = [(x, m, h) for xs, means, halves in series.values()
               for x, m, h in zip(xs, means, halves) if m is not None]
@@ -103,7 +103,8 @@ def line_chart(path, series, title, x_label, y_label):
         for x, m, h in some:
             if h > 0:
                 sheet.line([(at_x(x), at_y(m - h)), (at_x(x), at_y(m + h))], colour)
-        sheet.line([(at_x(x), at_y(m)) for x, m, _ in some], colour, 2)
+        if joined:
+            sheet.line([(at_x(x), at_y(m)) for x, m, _ in some], colour, 2)
         for x, m, _ in some:
             sheet.dot(at_x(x), at_y(m), 3, colour)
         y = top + 8 + 20 * i

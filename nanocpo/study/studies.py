@@ -363,7 +363,7 @@ def pareto(lab):
     line_chart(f"{stem}.png",
                {name: ([p[0] for p in found], [p[1]["neg"] for p in found], [0] * len(found))
                 for name, found in points.items()},
-               "What a distance from the base buys", "displacement", "#A_neg")
+               "What a distance from the base buys", "displacement", "#A_neg", joined=False)
 
 
 def steps_to(curve, level, captions=None):
