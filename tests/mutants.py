@@ -620,7 +620,7 @@ def check():
 
 def _python_files():
     patterns = ("*.py", "nanocpo/**/*", "tests/*.py", "benchmarks/*.py", "exercises/**/*",
-                "docs/**/*.md", "docs/*.html", "*.toml", "*.txt",
+                "docs/**/*.md", "docs/*.html", "docs/report.png", "*.toml", "*.txt",
                 "README.md")
     return sorted(p for pattern in patterns for p in ROOT.glob(pattern)
                   if p.is_file() and p.suffix != ".pyc")

@@ -162,6 +162,19 @@ def test_a_copy_starts_healthy_fails_what_is_blank_and_passes_when_refilled(copi
     assert done.returncode == 0, done.stdout
 
 
+def test_a_wrong_answer_is_told_although_another_exercise_is_empty(copies):
+    """Exercise 9 calls 8, and a check of 8 waits for 11: that is no fault of 8."""
+    wrong = TABLE[9].wrong[0]
+    for function, source in [(wrong.function, wrong.source)] + [
+            (function, stub(TABLE[11], function)) for function in TABLE[11].functions]:
+        path, name = split_name(function)
+        file = copies[3] / path
+        file.write_text(replaced(file.read_text(), name, source))
+    done = run(copies[3], "pytest", "-m", "ex9")
+    assert done.returncode == 1 and "failed" in done.stdout
+    assert wrong.hint in done.stdout and "waits for exercise 8" not in done.stdout
+
+
 def test_an_exercise_says_little(copies):
     done = run(copies[1], "pytest", "-m", "ex3")
     assert done.returncode == 1 and len(done.stdout.splitlines()) <= 40
