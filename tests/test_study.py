@@ -176,15 +176,16 @@ def test_run_that_stopped_goes_on(out, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         run(out, "annotation", *flags)
     assert ([p.name for p in (out / "study" / "annotation").glob("*_CPO_*.json")]
-            == ["75___judged__CPO_1.json"])
+            == ["75___judged_CPO_1.json"])
     summary, text = run(out, "annotation", *flags)
-    assert (calls == ["75___judged__CPO_1"] + ["75___judged__CPO___pairs_all_1"] * 2
-            + ["5___wrong__CPO_1"])
-    assert (list(summary["rows"])
-            == ["base", *(f"75 % judged: {kind}"
-                          for kind in ("auxiliary guided", "CPO", "CPO --pairs all")),
-                "5 % wrong: auxiliary guided", "5 % wrong: CPO"]
-            and "| 75 % judged: CPO --pairs all |" in text)
+    assert (calls == ["75___judged_CPO_1"] + ["75___judged_SFT_on_guided_pictures_1"] * 2
+            + ["5___wrong_CPO_1", "5___wrong_SFT_on_guided_pictures_1"])
+    kinds = "auxiliary prompted", "auxiliary guided", "CPO", "SFT on guided pictures"
+    assert (list(summary["rows"]) == [f"{level}: {kind}" for level in ("75 % judged", "5 % wrong")
+                                      for kind in kinds]
+            and "| 75 % judged | SFT on guided pictures |" in text)
+    less = [summary["rows"][f"5 % wrong: {kind}"][0]["neg"] for kind in kinds[2:]]
+    assert f"| 5 % wrong | {less[0] - less[1]:.2f} |" in text
 
 
 def test_an_auxiliary_of_degraded_annotations_must_agree_in_every_setting(tiny, tmp_path):
@@ -195,7 +196,19 @@ def test_an_auxiliary_of_degraded_annotations_must_agree_in_every_setting(tiny, 
     first = lab.Lab(args).taught(degraded)[1]
     assert first.digest() == lab.Lab(args).taught(degraded)[1].digest()
     with pytest.raises(ValueError, match="auxiliary.pt is finished after 1 steps, and what is"):
-        lab.Lab(lab.changed(args, sft_steps=2)).taught(degraded)
+        lab.Lab(args).taught(lab.changed(degraded, sft_steps=2))
+
+
+def test_a_shorter_teacher_is_another_teacher(tiny, tmp_path):
+    """Of the same base and data; the folder's own is not touched."""
+    args = Namespace(out=str(tmp_path), seed=0, device="cpu", base_steps=1, sft_steps=2, batch=2,
+                     count=40)
+    room = lab.Lab(args)
+    data, short = room.taught(lab.changed(args, sft_steps=1))
+    assert data is room.data and short.digest() != room.models["auxiliary"].digest()
+    assert room.taught(args)[1] is room.models["auxiliary"]
+    made_of = torch.load(tmp_path / "study/auxiliary_1_steps/auxiliary.pt")["made_of"]
+    assert made_of["steps"] == 1 and made_of["base"] == room.models["base"].digest()
 
 
 def test_gap_is_measured_on_the_whole_tree(out, capsys):
@@ -206,7 +219,7 @@ def test_gap_is_measured_on_the_whole_tree(out, capsys):
 
 def test_a_run_of_degraded_annotations_has_data_and_auxiliary_of_its_own(tmp_path, monkeypatch):
     args = Namespace(out=str(tmp_path), seed=0, device="cpu", name="x", method="cpo", steps=1,
-                     batch=1, accumulate=1, sampling_steps=2)
+                     batch=1, accumulate=1, sampling_steps=2, sft_steps=1)
     room, degraded = lab.Lab(args), Namespace(
         **vars(args), judged=0.25, wrong=0.0, model="auxiliary", prompt="guided")
     room.world = Toy(lab.settings_of(args), from_painter(count=200))
@@ -226,7 +239,7 @@ def test_a_run_of_degraded_annotations_has_data_and_auxiliary_of_its_own(tmp_pat
     assert lab.align_run(room, degraded)["row"] == "0.25, taught by 0.25"
     assert lab.align_run(room, args)["row"] == "0.90, the folder's"
     assert lab.sample_run(room, degraded)["row"] == "taught by 0.25"
-    assert (lab.sample_run(room, Namespace(model="auxiliary", prompt="plain"))["row"]
+    assert (lab.sample_run(room, Namespace(model="auxiliary", prompt="plain", sft_steps=1))["row"]
             == "the folder's")
     assert lab.sample_run(room, Namespace(model="base", prompt="plain"))["row"] == "base"
 
@@ -381,7 +394,7 @@ def test_calls_of_the_teacher(flags, calls):
 
 def test_a_curve_is_never_resumed_and_a_run_counts_its_log_s_seconds(tmp_path, monkeypatch):
     args, seen = (Namespace(out=str(tmp_path), name="x", every=2, method="cpo", steps=4, batch=3,
-                            accumulate=2, resume=True, sampling_steps=2), [])
+                            accumulate=2, resume=True, sampling_steps=2, sft_steps=1), [])
 
     def align(lab, args, data, auxiliary, watch=None, steady=False):
         seen.append((args.resume, getattr(args, "sample_every", None), steady))

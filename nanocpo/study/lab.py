@@ -86,14 +86,17 @@ class Lab:
     def taught(self, args):
         """(data, auxiliary) of a run: the folder's, or, if the run names these shares, as if
         experts had judged only args.judged of the leaves, and args.wrong of their verdicts
-        were wrong."""
-        if "judged" not in args:
-            return self.data, self.models["auxiliary"]
-        folder = Path(self.args.out) / "study" / f"auxiliary_{args.judged}_{args.wrong}"
-        data = degrade(self.data, args.judged, args.wrong, self.args.seed)
-        settings = settings_of(changed(self.args, out=str(folder), sample_every=0, resume=True))
-        return data, ready_auxiliary(Toy(settings, data), self.models["base"],
-                                     exactly=True)
+        were wrong; or, if its stage 1 has another length, an auxiliary of that length."""
+        data, name = self.data, f"auxiliary_{args.sft_steps}_steps"
+        if "judged" in args:
+            data = degrade(data, args.judged, args.wrong, self.args.seed)
+            name = f"auxiliary_{args.judged}_{args.wrong}"
+        elif args.sft_steps == self.args.sft_steps:
+            return data, self.models["auxiliary"]
+        settings = settings_of(changed(
+            self.args, out=str(Path(self.args.out) / "study" / name), sft_steps=args.sft_steps,
+            sample_every=0, resume=True))
+        return data, ready_auxiliary(Toy(settings, data), self.models["base"], exactly=True)
 
     def run(self, runs):
         """[(key, kind, overrides of the flags)], independent of one another -> their results, made

@@ -85,10 +85,11 @@ SPEED["none, slower"] = dict(stabilizer="none", lr=1e-4)
 # along the gap only (E21)
 DOSES = {f"k {k:g}": dict(stabilizer="constant", strength=k) for k in (0.0, -0.05, -0.1)}
 DOSES |= {f"noisy {s:g}": dict(stabilizer="noisy", strength=s) for s in (0.5, 1.0)}
-# of annotation: shares of leaves judged (90 % as painted), of verdicts wrong
+# of annotation: shares of leaves judged (90 % as painted), of verdicts wrong; a shorter stage 1
 LEVELS = {"as painted": {}}
 LEVELS |= {f"{share} % judged": dict(judged=share / 100, wrong=0.0) for share in (75, 50, 25, 10)}
 LEVELS |= {f"{share} % wrong": dict(judged=0.9, wrong=share / 100) for share in (5, 10, 20)}
+LEVELS |= {f"teacher of {steps} steps": dict(sft_steps=steps) for steps in (250, 500)}
 COLUMNS, HEADER = ((("neg", 2), ("caption", 3), ("diversity", 3), ("frechet", 1)),
                    ("#A_neg", "caption", "diversity", "Fréchet"))
 KNOBS = (1.0, 2.0)
@@ -558,31 +559,44 @@ def axes(lab):
 
 
 def annotation(lab):
-    """How CPO falls off when experts judge less, or err; auxiliary and target both see only the
-    degraded annotations. The guided auxiliary tells what stage 1 lost; --pairs all asks stage 2 for
-    every leaf, whether it is judged or not."""
+    """Which method stands a weak teacher best: experts who judge less, or err, or a stage 1 that
+    was short. Auxiliary and target both see only the degraded annotations; the auxiliary itself,
+    asked for all that is good and guided, tells what stage 1 lost."""
     args, levels = lab.args, chosen_rows(lab.args, LEVELS)
-    kinds = {"auxiliary guided": ("sample", dict(model="auxiliary", prompt="guided")),
-             "CPO": ("align", dict(pairs="opposite")),
-             "CPO --pairs all": ("align", dict(pairs="all"))}
+    kinds = {"auxiliary prompted": ("sample", dict(model="auxiliary", prompt="prompted")),
+             "auxiliary guided": ("sample", dict(model="auxiliary", prompt="guided")),
+             "CPO": ("align", {}),
+             # the setting that `methods` chose
+             "SFT on guided pictures": ("align", dict(method="sft", paint=1024,
+                                                      paint_guidance=2.0))}
     lab.run([(f"auxiliary_{slug(level)}", "auxiliary", flags)
              for level, flags in levels.items() if flags])
-    # 90 % judged: nearly the same prompts
-    wanted = {f"{level}: {name}": (kind, flags | more)
-              for level, flags in levels.items() for name, (kind, more) in kinds.items()
-              if not flags.get("wrong") or name != "CPO --pairs all"}
+    wanted = {(level, name): (kind, flags | more) for level, flags in levels.items()
+              for name, (kind, more) in kinds.items()}
     results = iter(lab.run(base_runs(args.seeds)
-                           + [(f"{slug(name)}_{seed}", kind, flags | dict(seed=seed))
-                              for name, (kind, flags) in wanted.items() for seed in args.seeds]))
-    rows = {name: [next(results)["row"] for _ in args.seeds] for name in ("base", *wanted)}
-    text = markdown(["annotation", *HEADER],
-                    [[n, *(written([r[k] for r in some], d) for k, d in COLUMNS)]
-                     for n, some in rows.items()])
-    stem = publish(args, {"rows": rows}, text)
-    bar_chart(f"{stem}.png", {n: over_seeds([r["neg"] for r in some]) for n, some in rows.items()},
-              "CPO with fewer and with wrong verdicts",
+                           + [(f"{slug(level)}_{slug(name)}_{seed}", kind, flags | dict(seed=seed))
+                              for (level, name), (kind, flags) in wanted.items()
+                              for seed in args.seeds]))
+    base = [next(results)["row"] for _ in args.seeds]
+    rows = {key: [next(results)["row"] for _ in args.seeds] for key in wanted}
+    columns = (*COLUMNS, *SEEN)
+    text = markdown(["annotation", "row", *HEADER, "nearest", "hue gap", "hatched"],
+                    [[*key, *(written([r[k] for r in some], d) for k, d in columns)]
+                     for key, some in {("", "base"): base, **rows}.items()])
+    negative = lambda level, name: [row["neg"] for row in rows[level, name]]
+    stem = publish(
+        args, {"base": base, "rows": {f"{level}: {name}": some
+                                      for (level, name), some in rows.items()}},
+        text, "CPO's #A_neg less that of SFT on guided pictures, in pairs, seed by seed:",
+        markdown(["annotation", "difference"],
+                 [[level, written(np.subtract(negative(level, "CPO"),
+                                              negative(level, "SFT on guided pictures")))]
+                  for level in levels]))
+    bar_chart(f"{stem}.png", {f"{level}: {name}": over_seeds(negative(level, name))
+                              for level, name in rows},
+              "A teacher who saw few verdicts, wrong ones, or little of both",
               "#A_neg, lower is better; 95 % interval over seeds",
-              highlight=[name for name, (kind, _) in wanted.items() if kind == "align"])
+              highlight=[f"{level}: CPO" for level in levels])
 
 
 def gap(lab):
