@@ -3,6 +3,7 @@
     python tests/mutants.py                 # all of them, two at a time; a run that stopped goes on
     python tests/mutants.py --every 29      # every twenty-ninth: the subset of .ci/run
     python tests/mutants.py --only losses   # those of one file
+    python tests/mutants.py --random 300    # as many that a machine made (random_mutants.py)
 
 Each mutant is applied to a copy of the project; the tests of its own file run first, and if they
 pass, all the others: only a mutant that passes everything is a survivor. The copy must pass without
@@ -663,6 +664,23 @@ def survives(mutant):
         return _pytest(folder, own) and _pytest(folder, [test for test in tests if test not in own])
 
 
+def at_random(args):
+    """The survivors of a random sample; what is known of this state of the files is kept in a
+    folder beside --results."""
+    import random_mutants
+    files = _python_files()
+    state = hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:12]
+    folder = Path(args.results).resolve().parent / f"random_{state}"
+    tests = sorted(f"tests/{p.name}" for p in (ROOT / "tests").glob("test_*.py")
+                   if p.name != "test_mutants.py")
+
+    def own_test(file):
+        name = file.removeprefix("nanocpo/").removesuffix(".py")
+        return f"tests/test_{TESTS.get(name, name)}.py"
+    return random_mutants.campaign(ROOT, files, tests, own_test, args.random, args.seed, args.jobs,
+                                   args.only, folder, lambda text: print(text, flush=True))
+
+
 def main(argv=None):
     """Run the mutants; exit status 1 if one survives."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0],
@@ -673,7 +691,12 @@ def main(argv=None):
                         help="take the mutants whose file's name contains this")
     parser.add_argument("--results", default="out/mutants.json",
                         help="what is known so far; forgotten when any file changes")
+    parser.add_argument("--random", type=int, default=0,
+                        help="plant this many that a machine made instead")
+    parser.add_argument("--seed", type=int, default=0, help="which ones of --random")
     args = parser.parse_args(argv)
+    if args.random:
+        return 1 if at_random(args) else 0
     if check():
         raise SystemExit("mend these mutants first:\n" + "\n".join(check()))
     state = hashlib.sha256(b"".join(path.read_bytes() for path in _python_files())).hexdigest()
