@@ -269,6 +269,14 @@ def test_speed_decoupling_and_guidance(out, monkeypatch):
     summary, text = run(out, "axes", "--seeds", "1")
     assert list(summary["relative"]) == [f"{root} 1" for root in summary["plain"][0]["by_root"]]
     assert "| Finish, scale 1 |" in text
+    turned = np.asarray(Image.open(out / "results" / "axes_turned.png"))
+    # 6 rows of 5, each 128 pixels large with a line of text and a title; the middle is the same
+    # picture everywhere, for a knob at 0 does nothing
+    tile = lambda row, column: turned[26 + row * 168:26 + row * 168 + 128,
+                                      4 + column * 132:4 + column * 132 + 128]
+    assert turned.shape == (6 * 168 + 4, 5 * 132 + 4, 3)
+    assert all((tile(row, 2) == tile(0, 2)).all() for row in range(6))
+    assert (tile(0, 0) != tile(0, 2)).any() and (tile(0, 0) != tile(0, 4)).any()
     summary, text = run(out, "decoupling", "--seeds", "1", "--only", "k 0", "--paint", "4",
                         "--validation", "101")
     assert (list(summary["relative"]) == summary["roots"]

@@ -22,7 +22,9 @@ import numpy as np
 
 from ..losses import RULES
 from ..run.flags import parse_training
+from ..toy import evaluate
 from ..utils.cli import SEED, above
+from ..utils.grid import save_grid
 from ..utils.log import BINS
 from .expert import expert
 from .lab import OPTIMIZERS, Lab, changed
@@ -93,6 +95,7 @@ LEVELS |= {f"teacher of {steps} steps": dict(sft_steps=steps) for steps in (250,
 COLUMNS, HEADER = ((("neg", 2), ("caption", 3), ("diversity", 3), ("frechet", 1)),
                    ("#A_neg", "caption", "diversity", "Fréchet"))
 KNOBS = (1.0, 2.0)
+TURNS = (-1.0, -0.5, 0.0, 0.5, 1.0)         # of the picture of `axes`
 SEEN = (("nearest", 3), ("hue_gap", 2), ("hatched", 2))
 # of places: how many times longer, and the flags
 CONSTANT = dict(stabilizer="constant", strength=0.55) | DATA
@@ -551,11 +554,24 @@ def axes(lab):
                           "plain": plain},
                    "#A_neg of each root dimension over that of the auxiliary under the plain "
                    "caption and the same noise; rows: the branch whose knob was turned.",
-                   markdown(["knob", *roots, "caption"], table))
+                   markdown(["knob", *roots, "caption"], table),
+                   "The same noise under five positions of each branch's knob:",
+                   "![knobs turned](axes_turned.png)")
     means = [[over_seeds(values)[0] for values in relative[root, KNOBS[-1]]] for root in roots]
     matrix_chart(f"{stem}.png", means, roots, roots,
                  f"One knob at scale {KNOBS[-1]:g}, all branches measured: #A_neg over the plain's",
                  "row: knob; column: measured branch")
+    turned_pictures(lab, roots, f"{stem}_turned.png")
+
+
+def turned_pictures(lab, roots, path):
+    """One picture, each branch's knob turned from bad (left) to good (right): a row a branch, all
+    of the first caption and from the same noise."""
+    images = [evaluate.paint(lab.models["auxiliary"], "plain", 1, lab.args.seed,
+                             lab.args.sampling_steps, knobs=[(root, scale)])
+              for root in roots for scale in TURNS]
+    save_grid(path, np.concatenate(images), [f"{scale:+g}" for _ in roots for scale in TURNS],
+              columns=len(TURNS), titles=roots)
 
 
 def annotation(lab):
