@@ -632,7 +632,8 @@ def gap(lab):
                      [[rule, place, *(cell(effects[rule, place, o]) for o in OPTIMIZERS)]
                       for rule in RULES for place in places])
     stem = publish(args, result,
-                   "mean(d²), the gap of the auxiliary's two predictions (of v):",
+                   "mean(d²), the gap of the auxiliary's two predictions "
+                   f"({lab.models['base'].diffusion.prediction}), at the data's pictures:",
                    text,
                    "Per cent of samples whose winner's error rose / loser's error fell after one "
                    f"step on their batch, of relative length {args.step_size:g} "
