@@ -389,7 +389,8 @@ def test_each_part_of_the_data_has_its_use(opened, tmp_path, monkeypatch):
                         lambda self, indices: drawn.append(len(self)) or batch(self, indices))
     monkeypatch.setattr(LatentPaintings, "take",
                         lambda self, indices: taken.append(list(indices)) or take(self, indices))
-    got = train_cpo.main([*STAGE_2, "--out", str(tmp_path), "--samples", "2", "--criteria", "Hue"])
+    got = train_cpo.main([*STAGE_2, "--out", str(tmp_path), "--samples", "2", "--criteria", "Hue",
+                          "--verdict-draws", "0"])
     assert drawn[:2] == [16, 16] and len(drawn) > 2 and set(drawn[2:]) == {4}
     assert (taken.count([8, 9, 18, 19]) == 1 and got["held_out"] == 4
             and got["cpo"]["margin"] is not None)
