@@ -24,17 +24,25 @@ def held_out(data, count=32):
     return data.take([i for i, tenth in enumerate(data.tenths()) if tenth in parts][:count])
 
 
+def noised(model, batch, draws, generator):
+    """A Batch at `draws` evenly spread timesteps with a noise each: (x_t, t on the device, what the
+    model should predict)."""
+    for draw in range(draws):
+        t = torch.full((len(batch.captions),), int((draw + 0.5) * model.diffusion.steps / draws))
+        xt, x0, noise = add_noise(model, batch, t, generator)
+        yield xt, send(t, xt.device), model.diffusion.goal(x0, t, noise)
+
+
 @torch.no_grad()
 def log_ratios(auxiliary, data, draws=16, seed=0, size=32, context=None):
     """Paintings -> float (N, leaves): log p(picture | good) - log p(picture | bad) of every leaf,
     up to a positive factor; above 0 the auxiliary finds the leaf good.
 
-    draws: timesteps, evenly spread, with a noise each; the prompts name the caption and one leaf,
-    beside it what is said of the others in context, int8 (N, leaves).
+    draws: see noised; the prompts name the caption and one leaf, beside it what is said of the
+    others in context, int8 (N, leaves).
     size: pictures at a time, of one shape (latents may have several)."""
-    criteria, steps = data.criteria, auxiliary.diffusion.steps
+    criteria, alike = data.criteria, {}
     generator, scores = torch.Generator().manual_seed(seed), np.zeros((len(data), len(criteria)))
-    alike = {}
     for i, image in enumerate(data.images):
         alike.setdefault(tuple(image.shape), []).append(i)
     parts = [rows[start:start + size] for rows in alike.values()
@@ -47,14 +55,10 @@ def log_ratios(auxiliary, data, draws=16, seed=0, size=32, context=None):
             [criteria.prompt(c, np.where(leaf, side, others)) for side in (1, -1)
              for c, others in zip(batch.captions, beside[rows])])
             for leaf in np.eye(len(criteria), dtype=bool)]
-        for draw in range(draws):
-            t = torch.full((len(rows),), int((draw + 0.5) * steps / draws))
-            xt, x0, noise = add_noise(auxiliary, batch, t, generator)
-            goal, times = auxiliary.diffusion.goal(x0, t, noise), send(t, xt.device)
+        for xt, t, goal in noised(auxiliary, batch, draws, generator):
             for i, prompts in enumerate(asked):
                 # one call for both, as in method.two_targets
-                z_good, z_bad = auxiliary(torch.cat([xt, xt]), torch.cat([times, times]),
-                                          prompts).chunk(2)
+                z_good, z_bad = auxiliary(torch.cat([xt, xt]), torch.cat([t, t]), prompts).chunk(2)
                 # |goal - z_bad|^2 - |goal - z_good|^2, as a product: both are nearly equal
                 gain = ((z_good - z_bad) * (2 * goal - z_good - z_bad)).flatten(1).sum(1)
                 scores[rows, i] += gain.double().cpu().numpy() / draws

@@ -22,11 +22,9 @@ import numpy as np
 import torch
 
 from ..data import Batch, to_images
-from ..folder.expert import agreement, calibrate, in_context, told
+from ..folder.expert import agreement, calibrate, in_context, noised, told
 from ..losses import sft_loss
-from ..method import add_noise
 from ..utils.log import BINS, summarize
-from ..utils.device import send
 from ..utils.report import interval, write_report
 from .latents import LatentPaintings
 
@@ -40,15 +38,11 @@ def errors(model, latents, *prompts, seed=0):
     latents: of N pictures, (4, h, w) each; prompts: K lists of N Prompts. The K share the noise,
     which depends on the seed and the shapes before: so do two models that are asked about the same
     pictures."""
-    generator, steps, out = torch.Generator().manual_seed(seed), model.diffusion.steps, []
+    generator, out = torch.Generator().manual_seed(seed), []
     for x0, *asked in zip(latents, *prompts):
         tokens = model.text.tokens(asked)
-        for i in range(BINS):
-            t = torch.tensor([(2 * i + 1) * steps // (2 * BINS)])
-            xt, x0_, noise = add_noise(model, Batch([], None, latents=x0[None]), t, generator)
-            goal = model.diffusion.goal(x0_, t, noise)
-            times = send(torch.cat([t] * len(asked)), model.device)
-            prediction = model(torch.cat([xt] * len(asked)), times, tokens)
+        for xt, t, goal in noised(model, Batch([""], None, latents=x0[None]), BINS, generator):
+            prediction = model(torch.cat([xt] * len(asked)), torch.cat([t] * len(asked)), tokens)
             out.append(sft_loss(prediction, goal.expand_as(prediction))[1]["loss"].cpu())
     return torch.stack(out).double().view(-1, BINS, len(prompts)).numpy()
 
