@@ -139,8 +139,10 @@ def test_agreement_by_hand():
     annotations = np.array([[-1, 1], [-1, 1], [1, 0], [1, 1]])
     # with all four the cut is 2.6 and all are right; without 2.2 it is 2.0, without 3.0 it is 3.1
     assert calibrate(scores, annotations).tolist() == [2.6, 0]
-    assert agreement(scores, annotations) == {"verdicts": 7, "share": 4 / 7,
-                                              "leaves": [2 / 4, 2 / 3]}
-    nothing = agreement(scores, 0 * annotations)
-    assert nothing == {"verdicts": 0, "share": None, "leaves": [None, None]}
-    assert agreement(scores[:0], annotations[:0]) == nothing
+    two = CRITERIA.select("Horizon")
+    one, other = (leaf.name for leaf in two.leaves)
+    assert agreement(scores, annotations, two) == {"verdicts": 7, "share": 4 / 7,
+                                                   "leaves": {one: 2 / 4, other: 2 / 3}}
+    nothing = agreement(scores, 0 * annotations, two)
+    assert nothing == {"verdicts": 0, "share": None, "leaves": {one: None, other: None}}
+    assert agreement(scores[:0], annotations[:0], two) == nothing

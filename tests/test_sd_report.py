@@ -167,7 +167,7 @@ def test_another_target_shows(tmp_path):
             mean, ci = interval(negative)
             assert got["counted"]["negative"][name] == {"mean": mean, "ci": ci}
             assert f"{name:11} {mean:.2f} ({ci[0]:.2f} to {ci[1]:.2f})" in table(got)
-    how_well = agreement(scores, held.annotations)
+    how_well = agreement(scores, held.annotations, CRITERIA)
     assert got["counted"]["agreement"] == how_well
     assert how_well["verdicts"] == 4 * len(CRITERIA) and told(how_well) in table(got)
 

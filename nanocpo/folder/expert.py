@@ -3,7 +3,8 @@ a picture which side of each pair it shows (ours; the paper's expert is not publ
 
 By Bayes' rule the odds of "good" against "bad" are those of the picture under the two prompts (E3),
 and a diffusion model's log-likelihood is, up to a factor, minus its error at predicting the noise
-that was added (2303.16203). The teacher judges its pupil's pictures here, and its own: what it does
+that was added (2303.16203). Leaf by leaf that is log_ratios; leaves hang together, so verdicts are
+found in rounds, in_context. The teacher judges its pupil's pictures here, and its own: what it does
 not know, it does not see.
 """
 import numpy as np
@@ -98,10 +99,10 @@ def calibrate(scores, annotations):
     return cuts
 
 
-def agreement(scores, annotations):
+def agreement(scores, annotations, criteria):
     """How well verdicts by scores (N, leaves) agree with those that are known, annotations (N,
     leaves; 0: none): {"verdicts": how many were compared, "share": of them that came out right,
-    None without any, "leaves": the same for each leaf}.
+    None without any, "leaves": {name: the same for this leaf}}.
 
     Each picture is judged with cuts that were calibrated on the others, so that no verdict helps
     to confirm itself."""
@@ -110,7 +111,8 @@ def agreement(scores, annotations):
     known, right = annotations != 0, (scores > cuts.reshape(scores.shape)) == (annotations > 0)
     share = lambda asked, came: float(came[asked].mean()) if asked.any() else None
     return {"verdicts": int(known.sum()), "share": share(known, right),
-            "leaves": [share(*leaf) for leaf in zip(known.T, right.T)]}
+            "leaves": {leaf.name: share(*columns)
+                       for leaf, *columns in zip(criteria.leaves, known.T, right.T)}}
 
 
 def told(known):

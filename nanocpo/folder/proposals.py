@@ -55,20 +55,19 @@ def propose(judge, folder, rows, draws, rounds, known, seed, size):
     if known and (folder / "metadata.jsonl").is_file():       # training reads no other list
         held = held_out(judge.pictures(), known)
         judged = in_context(judge.model, held, *how), held.annotations
-    how_well, cuts = agreement(*judged), calibrate(*judged)
-    beyond = in_context(judge.model, asked, *how, known=asked.annotations) - cuts
+    beyond = in_context(judge.model, asked, *how, known=asked.annotations) - calibrate(*judged)
     # how sure: the share of these pictures whose score is nearer to the cut
     far = np.abs(beyond)
     sure = (far[None] < far[:, None]).mean(1)
     sides = np.where(asked.annotations == 0, np.where(beyond > 0, 1, -1), 0)
-    names = [leaf.name for leaf in leaves]
     content = {"draws": draws, "rounds": rounds,
-               "agreement": how_well | {"leaves": dict(zip(names, how_well["leaves"]))}, "rows": []}
+               "agreement": agreement(*judged, judge.criteria), "rows": []}
     for row, states, shares in zip(rows, sides, sure.round(2).tolist()):
         prompt = judge.criteria.prompt("", states)
         content["rows"].append({
             "file_name": row["file_name"], "positive": prompt.positive, "negative": prompt.negative,
-            "sure": {name: share for name, state, share in zip(names, states, shares) if state}})
+            "sure": {leaf.name: share for leaf, state, share in zip(leaves, states, shares)
+                     if state}})
     save_json(folder / FILE, content)
     return content
 

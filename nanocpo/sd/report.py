@@ -96,7 +96,7 @@ def counted(auxiliary, held, sampled, draws, seed, size):
     cuts = calibrate(scores, held.annotations)
     negative = {name: (own <= cuts).sum(1) for name, own in zip(sampled, ours)}
     return {"leaves": len(cuts), "draws": draws, "negative": with_interval(negative),
-            "agreement": agreement(scores, held.annotations)}
+            "agreement": agreement(scores, held.annotations, held.criteria)}
 
 
 @torch.no_grad()
