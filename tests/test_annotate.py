@@ -207,14 +207,14 @@ def in_node(folder, actions, profile):
     return json.loads(unquote(out.stdout))
 
 
-EACH_WAY = pytest.mark.parametrize("run", [
+IN_BROWSERS = pytest.mark.parametrize("run", [
     pytest.param(in_browser, marks=pytest.mark.skipif(
         BROWSER is None, reason="no Chromium on this machine")),
     pytest.param(in_node, marks=pytest.mark.skipif(
         NODE is None, reason="no node on this machine"))])
 
 
-@EACH_WAY
+@IN_BROWSERS
 def test_annotating(folder, tmp_path_factory, run):
     main([str(folder)])
     profile = tmp_path_factory.mktemp("profile")
@@ -279,7 +279,7 @@ def propose(folder, **proposed):
     main([str(folder)])
 
 
-@EACH_WAY
+@IN_BROWSERS
 def test_proposals_are_no_verdicts_until_a_key_confirms_them(folder, tmp_path_factory, run):
     pictures = {"a.png": (["good one"], ["bad three"]), "sub/d.PNG": (["Three"], ["Two"]),
                 "b c#1.jpg": ([], ["One", "Three"]), "gone.png": (["One"], [])}
@@ -326,7 +326,7 @@ document.getElementById("caption").oninput();"""
     assert from_folder(folder, size=8).annotations.tolist() == [[-1, 0, -1], [1, -1, -1], [0, 0, 1]]
 
 
-@EACH_WAY
+@IN_BROWSERS
 def test_without_proposals_the_page_is_as_it_was(folder, tmp_path_factory, run):
     main([str(folder)])
     got = run(folder, 'press("y"); press("a");', tmp_path_factory.mktemp("profile"))

@@ -152,6 +152,8 @@ def test_the_page_shows_them_apart_from_verdicts(folder):
     ("{", "Expecting"), ("[]", "list indices"), ('{"rows": [{}]}', "'positive'"),
     ('{"rows": [{"positive": ["nonsense"], "negative": []}]}', "unknown attribute 'nonsense'"),
     ('{"rows": [{"positive": ["level horizon"], "negative": [], "file_name": "a"}]}', "'sure'"),
+    ('{"rows": [{"positive": [], "negative": ["tilted horizon"], "file_name": "a", '
+     '"sure": {"Level": NaN}}]}', "a: how sure is a share from 0 to 1"),
     ('{"rows": []}', "'agreement'")])
 def test_a_file_that_fits_no_more_is_told(folder, text, words):
     (folder / FILE).write_text(text)

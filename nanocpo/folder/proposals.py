@@ -89,9 +89,11 @@ def read(folder, criteria):
         content = json.loads(path.read_text(encoding="utf-8"))
         for row in content["rows"]:
             states = criteria.annotation(row["positive"], row["negative"])
-            found[row["file_name"]] = {
-                leaf.name: [int(state), min(max(row["sure"][leaf.name], 0), 1)]
-                for leaf, state in zip(criteria.leaves, states) if state}
+            here = {leaf.name: [int(state), row["sure"][leaf.name]]
+                    for leaf, state in zip(criteria.leaves, states) if state}
+            if not all(0 <= sure <= 1 for _, sure in here.values()):
+                raise ValueError(f"{row['file_name']}: how sure is a share from 0 to 1")
+            found[row["file_name"]] = here
         return found, told(content["agreement"])
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise DataError(f"{path}: these are no proposals for this tree ({error}); delete the file, "
