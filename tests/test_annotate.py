@@ -154,9 +154,11 @@ clientWidth: width, clientHeight: height }))
     return image.style.imageRendering;
   });
 ACTIONS
+const looks = leaves.map((l) => [l.box.className, l.box.children[1].textContent, l.box.title]), \
+counts = document.getElementById("count").textContent;
 document.body.innerHTML = "<pre id=result></pre>";
 document.getElementById("result").textContent = encodeURIComponent(JSON.stringify({ before, \
-after: metadata(), kept: localStorage.getItem(key), picture, open_at, rendering }));
+after: metadata(), kept: localStorage.getItem(key), picture, open_at, rendering, looks, counts }));
 """
 # as much of a browser as the page needs, for machines with node only: it draws nothing
 STUB = """
@@ -205,11 +207,14 @@ def in_node(folder, actions, profile):
     return json.loads(unquote(out.stdout))
 
 
-@pytest.mark.parametrize("run", [
+IN_BROWSERS = pytest.mark.parametrize("run", [
     pytest.param(in_browser, marks=pytest.mark.skipif(
         BROWSER is None, reason="no Chromium on this machine")),
     pytest.param(in_node, marks=pytest.mark.skipif(
         NODE is None, reason="no node on this machine"))])
+
+
+@IN_BROWSERS
 def test_annotating(folder, tmp_path_factory, run):
     main([str(folder)])
     profile = tmp_path_factory.mktemp("profile")
@@ -262,3 +267,68 @@ def test_annotating(folder, tmp_path_factory, run):
     (folder / "metadata.jsonl").write_text(got["after"], encoding="utf-8")
     main([str(folder)])  # and a page made from it says the same, in a fresh browser
     assert run(folder, "", tmp_path_factory.mktemp("fresh"))["before"]["metadata"] == got["after"]
+
+
+def propose(folder, **proposed):
+    """proposals.json with {file name: (positive, negative)}."""
+    content = {"agreement": {"verdicts": 20, "share": 0.9}, "rows": [
+        {"file_name": name, "positive": good, "negative": bad,
+         "sure": {"One": 0.25, "Two": 0.5, "Three": 0.987}} for name, (good, bad) in
+        proposed.items()]}
+    (folder / "proposals.json").write_text(json.dumps(content))
+    main([str(folder)])
+
+
+@IN_BROWSERS
+def test_proposals_are_no_verdicts_until_a_key_confirms_them(folder, tmp_path_factory, run):
+    pictures = {"a.png": (["good one"], ["bad three"]), "sub/d.PNG": (["Three"], ["Two"]),
+                "b c#1.jpg": ([], ["One", "Three"]), "gone.png": (["One"], [])}
+    propose(folder, **pictures)
+    profile = tmp_path_factory.mktemp("profile")
+
+    def lines(got):
+        return {row["file_name"]: (row["positive"], row["negative"])
+                for row in map(json.loads, got["after"].splitlines())}
+    # a caption makes a.png a line, its open proposals no part of it
+    caption = """document.getElementById("caption").value = "x"; \
+document.getElementById("caption").oninput();"""
+    got = run(folder, caption, profile)
+    assert lines(got) == {"a.png": ([], []), "b c#1.jpg": (["good one"], ['bad & "two"'])}
+    assert got["counts"] == "1 of 3 done, 3 with proposals"
+    assert got["looks"] == [
+        ["leaf here maybe maybe-good", "+ ?", "proposed; surer than 25 % of the pictures"],
+        ["leaf", "·", ""], ["leaf maybe maybe-bad", "− ?",
+                            "proposed; surer than 99 % of the pictures"]]
+    # y confirms the one leaf, and where nothing is proposed it does nothing
+    got = run(folder, 'press("ArrowDown"); press("y"); press("ArrowDown"); press("y");', profile)
+    assert lines(got)["a.png"] == ([], ["bad three"])
+    assert [look[0] for look in got["looks"]] == ["leaf maybe maybe-good", "leaf",
+                                                  "leaf here negative"]
+    # the other verdict overrules a proposal, 0 refuses it, and a leaves both alone; it confirms the
+    # rest of this picture, no other's
+    got = run(folder, """press("ArrowLeft"); press("ArrowLeft");
+        press("-"); press("ArrowRight"); press("a"); press("ArrowRight");
+        press("ArrowDown"); press("0"); press("a");""" + caption, profile)
+    assert lines(got) == {"a.png": ([], ["bad one", "bad three"]),
+                          "b c#1.jpg": (["good one"], ['bad & "two"', "bad three"]),
+                          "sub/d.PNG": (["good three"], [])}
+    assert got["looks"][1][:2] == ["leaf here", "·"] and got["counts"] == "3 of 3 done"
+    # what was refused stays refused
+    again = run(folder, 'press("ArrowRight"); press("ArrowRight"); press("a");', profile)
+    assert again["counts"] == "3 of 3 done" and again["before"]["metadata"] == got["after"]
+    assert lines(again) == lines(got)
+    # what was saved, with nothing of the browser's, is the same data; and what is judged has no
+    # proposal any more
+    (folder / "metadata.jsonl").write_text(got["after"], encoding="utf-8")
+    propose(folder, **pictures)
+    fresh = run(folder, "", tmp_path_factory.mktemp("fresh"))
+    assert fresh["counts"] == "3 of 3 done, 1 with proposals"      # the one that was refused there
+    assert from_folder(folder, size=8).annotations.tolist() == [[-1, 0, -1], [1, -1, -1], [0, 0, 1]]
+
+
+@IN_BROWSERS
+def test_without_proposals_the_page_is_as_it_was(folder, tmp_path_factory, run):
+    main([str(folder)])
+    got = run(folder, 'press("y"); press("a");', tmp_path_factory.mktemp("profile"))
+    assert got["counts"] == "1 of 3 done" and got["kept"] is None
+    assert {look[1] for look in got["looks"]} == {"·"} and got["before"]["metadata"] == got["after"]

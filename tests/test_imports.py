@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-SCRIPTS = ("train_sft", "train_cpo", "sample")
+SCRIPTS = ("train_sft", "train_cpo", "sample", "propose")
 # A folder may import from itself and from those with a smaller number; "" is the core.
 RANK = {"utils": 0, "": 1, "folder": 2, "run": 3, "toy": 4, "sd": 4, "study": 5}
 MODULES = {".".join(path.relative_to(ROOT).with_suffix("").parts): path

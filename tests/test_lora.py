@@ -61,16 +61,15 @@ def test_a_new_adapter_changes_nothing_and_a_trained_one_does(plugged):
     assert torch.equal(run(plugged, None), plain) and places.active is None             # off again
 
 
-@pytest.mark.parametrize("alpha", [None, 12])
-def test_an_adapter_by_hand(alpha):
+def test_an_adapter_by_hand():
     layer, x = nn.Linear(5, 7).double(), randn(3, 5)
     places = lora.LoRA(nn.ModuleDict({
         "attn": nn.ModuleDict({"to_q": layer, "norm": nn.Linear(5, 5)})}))
-    adapter = trained(places.new(4, alpha))
+    adapter = trained(places.new(4))
     assert list(adapter.place) == ["attn.to_q"]
     with places.using(adapter):
         got = layer(x)
-    weight = layer.weight + (alpha or 4) / 4 * adapter.B[0].double() @ adapter.A[0].double()
+    weight = layer.weight + adapter.B[0].double() @ adapter.A[0].double()
     torch.testing.assert_close(got, x @ weight.T + layer.bias, atol=1e-12, rtol=0)
 
 
@@ -122,7 +121,7 @@ def test_checkpointing_recomputes_with_the_adapter_that_acted(plugged):
 
 def test_merging_equals_acting(plugged):
     network, places = plugged
-    adapter = trained(places.new(3, alpha=6))
+    adapter = trained(places.new(3))
     want = run(plugged, adapter)
     lora.merge(network, adapter.pairs())
     # the adapter is float32
@@ -130,10 +129,9 @@ def test_merging_equals_acting(plugged):
 
 
 @pytest.mark.parametrize("layout", lora.LAYOUTS)
-@pytest.mark.parametrize("alpha", [None, 9])
-def test_every_layout_reads_back(plugged, layout, alpha, tmp_path):
+def test_every_layout_reads_back(plugged, layout, tmp_path):
     network, places = plugged
-    adapter = trained(places.new(3, alpha))
+    adapter = trained(places.new(3))
     lora.save(adapter, tmp_path / "x.safetensors", layout)
     got = lora.load(tmp_path / "x.safetensors", {"unet": network})
     assert got.keys() == {"unet"} and got["unet"].keys() == adapter.place.keys()
@@ -141,7 +139,6 @@ def test_every_layout_reads_back(plugged, layout, alpha, tmp_path):
                for x, y in zip(got["unet"][name], pair))
     again = lora.Adapter({name: [nn.Parameter(x) for x in pair]
                           for name, pair in got["unet"].items()})
-    # 3 B, rounded to float32
     torch.testing.assert_close(run(plugged, again), run(plugged, adapter), atol=1e-5, rtol=0)
 
 
@@ -308,14 +305,13 @@ def test_kohya_files_have_sd_scripts_names(version, count, tmp_path):
     ("xl", "eps", "sdxl_base_v1-0", "stable-diffusion-xl-v1-base")])
 def test_an_adapter_says_what_it_is(plugged, tmp_path, version, prediction, base, architecture):
     from safetensors import safe_open
-    adapter = plugged[1].new(3, alpha=12)
+    adapter = plugged[1].new(3)
     parts = SimpleNamespace(version=version, diffusion=SimpleNamespace(prediction=prediction))
     told = lora.describe("target", adapter, parts, (512, 768), ["rich colour", "level horizon"])
     lora.save(adapter, tmp_path / "x.safetensors", "kohya", metadata=told)
     with safe_open(tmp_path / "x.safetensors", "pt") as file:
         got = file.metadata()
     want = {"ss_base_model_version": base, "modelspec.architecture": f"{architecture}/lora",
-            # the scale is in the tensors, whatever alpha was
             "ss_network_dim": "3", "ss_network_alpha": "3.0", "ss_output_name": "target",
             "ss_v2": str(version == "2"), "modelspec.sai_model_spec": "1.0.0",
             "modelspec.resolution": "768x512",
@@ -356,7 +352,7 @@ def unet_inputs(kind):
 @pytest.mark.parametrize("layout", lora.LAYOUTS)
 def test_diffusers_loads_our_files(pipe, layout, tmp_path):
     kind, theirs, unet, places = pipe
-    adapter, (inputs, added) = trained(places.new(3, alpha=5)), unet_inputs(kind)
+    adapter, (inputs, added) = trained(places.new(3)), unet_inputs(kind)
     parts = SimpleNamespace(version="xl" if kind == "sdxl" else "1",
                             diffusion=SimpleNamespace(prediction="eps"))
     lora.save(adapter, tmp_path / "pytorch_lora_weights.safetensors", layout, kind == "sdxl",

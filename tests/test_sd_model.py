@@ -320,3 +320,23 @@ def test_cache_without_a_folder_keeps_nothing():
     for _ in range(2):
         cached(None, "x", lambda: made.append(1))
     assert len(made) == 2
+
+
+def test_what_is_asked_once_is_not_kept_and_wakes_the_encoder_once(monkeypatch, tmp_path):
+    model, moves = tiny(cache=tmp_path), []
+    model.backbone.rest()
+    monkeypatch.setattr(torch.nn.Module, "to",
+                        lambda self, where: moves.append(str(where)) or self)
+    with pytest.raises(ZeroDivisionError), model.backbone.at_hand():
+        model.text.tokens(["a boat", "a tree"]), model.text.tokens(["a boat"])
+        assert len(moves) == 3 and not list(tmp_path.iterdir())
+        moves.clear()
+        1 / 0
+    assert model.backbone.resting and moves == ["cpu", "cpu"]       # both rest again
+    model.text.tokens(["a boat"])
+    assert len(list(tmp_path.iterdir())) == 1
+    model.backbone.resting = False          # who did not rest before does not afterwards
+    moves.clear()
+    with model.backbone.at_hand():
+        pass
+    assert moves == [] and not model.backbone.resting and model.backbone.cache == tmp_path

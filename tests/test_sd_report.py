@@ -10,9 +10,11 @@ from PIL import Image
 from nanocpo.criteria import Criteria, Prompt
 from nanocpo.data import Paintings
 from nanocpo.diffusion import Diffusion
+from nanocpo.folder.expert import agreement, calibrate, held_out, in_context, told
 from nanocpo.method import cpo_step
 from nanocpo.run.flags import parse_training
-from nanocpo.sd.report import errors, held_out, log_ratio, report, table
+from nanocpo.sd.report import errors, log_ratio, report, table
+from nanocpo.utils.report import interval
 from sd_tiny import moved, random_data
 
 CRITERIA = Criteria.load().select("Color Relations")                             # short prompts
@@ -106,6 +108,10 @@ def test_equal_models_differ_nowhere(tmp_path, capsys):
     assert (got["cpo"]["winner"] == got["cpo"]["winner_ref"] > 0
             and None not in got["cpo"]["per_t"]["winner"])
     assert 0 <= got["agreement"] <= 1
+    counts = got["counted"]["negative"]
+    assert counts["base"] == counts["target"] and 0 < counts["base"]["mean"] < len(CRITERIA)
+    assert counts["difference"] == {"mean": 0, "ci": [0, 0]}
+    assert "the teacher judges its pupil. Of " in table(got)
     picture = np.asarray(Image.open(tmp_path / "report.png"))
     rows = picture.shape[0] // 2
     # the two rows below their titles
@@ -147,14 +153,36 @@ def test_another_target_shows(tmp_path):
     assert ([got["errors"][name]["mean"] for name in ("base", "base_told")]
             == pytest.approx(plain.mean((0, 1)), rel=1e-6))
     assert abs(plain[..., 0].mean() / plain[..., 1].mean() - 1) > 1e-5
+    # the auxiliary's count: verdicts on both models' samples, with the cuts and the agreement of
+    # the held-out pictures
+    with torch.no_grad():
+        scores = in_context(auxiliary, held, 2, size=4)
+        for name, model in (("base", base), ("target", auxiliary)):
+            images = model.sample(captions, guidance=settings.report.guidance,
+                                  steps=2).clamp(-1, 1)
+            x = np.fromiter((base.latents.encode(image[None])[0] for image in images), object)
+            sampled = type(held)(CRITERIA, x, captions, np.zeros((3, len(CRITERIA)), np.int8))
+            negative = (in_context(auxiliary, sampled, 2, size=4)
+                        <= calibrate(scores, held.annotations)).sum(1)
+            mean, ci = interval(negative)
+            assert got["counted"]["negative"][name] == {"mean": mean, "ci": ci}
+            assert f"{name:11} {mean:.2f} ({ci[0]:.2f} to {ci[1]:.2f})" in table(got)
+    how_well = agreement(scores, held.annotations, CRITERIA)
+    assert got["counted"]["agreement"] == how_well
+    assert how_well["verdicts"] == 4 * len(CRITERIA) and told(how_well) in table(got)
 
 
 def test_without_an_auxiliary_or_held_out_pictures(tmp_path):
     data, base = random_data(CRITERIA, 10)
     got = report(flags(tmp_path), held_out(data), base, None, base, [0])
     assert (got["held_out"] == 2 and set(got["errors"]) == {"base", "target", "base_told"}
-            and not {"cpo", "log_ratio", "agreement"} & set(got))
+            and not {"cpo", "log_ratio", "agreement", "counted"} & set(got))
     auxiliary = moved(base.with_adapter(2)).frozen_copy()
+    got = report(flags(tmp_path, "--verdict-draws", "0"), held_out(data.take(range(8))), base,
+                 auxiliary, base, [0])
+    assert "counted" not in got and "#A_neg" not in table(got)
     got = report(flags(tmp_path), held_out(data.take(range(8))), base, auxiliary, base, [0])
+    assert got["counted"]["agreement"]["share"] is None
+    assert "No verdict was there to check the auxiliary by." in table(got)
     assert (got["held_out"] == 0 and got["errors"] == {} and "cpo" not in got
             and set(got["log_ratio"]) == {"base", "target", "difference"})

@@ -236,7 +236,8 @@ def test_both_stages_end_to_end_and_diffusers_paints_the_same(files, tmp_path, c
     written = adapter.stat().st_mtime_ns
 
     report = train_cpo.main(common + ALIGN
-                            + ["--checkpointing", "--sample-every", "2", "--samples", "2"])
+                            + ["--checkpointing", "--sample-every", "2", "--samples", "2",
+                               "--verdict-draws", "1"])
     assert adapter.stat().st_mtime_ns == written           # it was there, and used again
     assert ((tmp_path / "samples" / "target_00002.png").is_file()
             and Image.open(tmp_path / "report.png").width == 2 * 68 + 4)
@@ -247,6 +248,8 @@ def test_both_stages_end_to_end_and_diffusers_paints_the_same(files, tmp_path, c
             and report["held_out"] == held > 0)
     assert (report["log_ratio"]["target"] != report["log_ratio"]["base"]
             and set(report["errors"]) >= {"target", "auxiliary_told"})
+    assert report["counted"]["draws"] == 1 and report["counted"]["agreement"]["verdicts"] > held
+    assert 0 <= report["counted"]["negative"]["target"]["mean"] <= report["counted"]["leaves"]
     first = json.loads((tmp_path / "target.jsonl").read_text().splitlines()[0])
     assert first["loss"] == pytest.approx(np.log(2), abs=1e-3)  # target and reference start as one
     assert {"winner", "margin", "gap", "lam"} <= first.keys()
@@ -389,7 +392,8 @@ def test_each_part_of_the_data_has_its_use(opened, tmp_path, monkeypatch):
                         lambda self, indices: drawn.append(len(self)) or batch(self, indices))
     monkeypatch.setattr(LatentPaintings, "take",
                         lambda self, indices: taken.append(list(indices)) or take(self, indices))
-    got = train_cpo.main([*STAGE_2, "--out", str(tmp_path), "--samples", "2", "--criteria", "Hue"])
+    got = train_cpo.main([*STAGE_2, "--out", str(tmp_path), "--samples", "2", "--criteria", "Hue",
+                          "--verdict-draws", "0"])
     assert drawn[:2] == [16, 16] and len(drawn) > 2 and set(drawn[2:]) == {4}
     assert (taken.count([8, 9, 18, 19]) == 1 and got["held_out"] == 4
             and got["cpo"]["margin"] is not None)

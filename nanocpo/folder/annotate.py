@@ -5,7 +5,8 @@
 
 The page shows each picture beside the criteria tree (criteria.json in the folder, --tree, or the
 embedded one). It begins with what metadata.jsonl says already; what was judged since is kept by the
-browser. Run it again after adding pictures.
+browser. Run it again after adding pictures, or after propose.py: what the auxiliary proposes is
+shown with a question mark, and counts once you confirmed it.
 """
 import argparse
 import csv
@@ -14,8 +15,8 @@ import json
 from pathlib import Path
 from urllib.parse import quote
 
-from ..criteria import Criteria
 from ..utils.cli import Parser, command
+from . import proposals
 from .reading import DataError, caption_of, find_picture, folder_criteria, lines
 
 PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp"}
@@ -85,8 +86,10 @@ def csv_captions(path):
 def page(folder, criteria):
     """The HTML of the page. The data stand in a JSON block where no text can end the
     script element."""
-    data = {"folder": str(Path(folder).resolve()), "tree": criteria.to_dict(),
-            "rows": collect(folder, criteria)}
+    proposed, told = proposals.read(folder, criteria)
+    data = {"folder": str(Path(folder).resolve()), "tree": criteria.to_dict(), "told": told,
+            "rows": [row | {"proposed": proposed.get(row["file_name"], {})}
+                     for row in collect(folder, criteria)]}
     safe = json.dumps(data).replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
     return TEMPLATE.read_text(encoding="utf-8").replace("DATA", safe, 1)
 
@@ -102,7 +105,7 @@ def main(argv=None):
                         "embedded tree")
     args = parser.parse_args(argv)
     folder = Path(args.folder)
-    text = page(folder, Criteria.load(args.tree) if args.tree else folder_criteria(folder))
+    text = page(folder, folder_criteria(folder, args.tree))
     (folder / "annotate.html").write_text(text, encoding="utf-8")
     print(f"open {folder / 'annotate.html'} in a browser; "
           f"put the metadata.jsonl that it saves into {folder}")

@@ -24,23 +24,23 @@ class DataError(ValueError):
     """A folder that cannot be used; the message names file, line and cure."""
 
 
-def from_folder(folder, criteria=None, size=32, skip_bad=False):
+def from_folder(folder, criteria=None, size=32, skip_bad=False, rows=None):
     """Read a folder -> Paintings; every picture is cropped to a square in its middle and resized
-    to `size`.
+    to `size`. rows: see read_folder.
 
     Raises DataError at the first fault, with file, line and cure; skip_bad leaves such lines out
     and counts them in `skipped`."""
     def picture(path):
         return np.asarray(open_picture(path, lambda _: (size, size)))
-    criteria, rows, skipped = read_folder(folder, criteria, picture, skip_bad)
+    criteria, rows, skipped = read_folder(folder, criteria, picture, skip_bad, rows)
     images, captions, annotations = zip(*rows)
     return Paintings(criteria, np.stack(images), list(captions), np.stack(annotations), skipped)
 
 
-def folder_criteria(folder):
-    """The folder's own tree, criteria.json, or the embedded one."""
+def folder_criteria(folder, tree=None):
+    """The tree in the file `tree`, else the folder's own, criteria.json, else the embedded one."""
     own = Path(folder) / "criteria.json"
-    return Criteria.load(own) if own.exists() else Criteria.load()
+    return Criteria.load(tree) if tree else Criteria.load(own) if own.exists() else Criteria.load()
 
 
 def lines(listing):
@@ -75,10 +75,12 @@ def caption_of(row, path):
     return said.pop() if said else ""
 
 
-def read_folder(folder, criteria, picture, skip_bad):
+def read_folder(folder, criteria, picture, skip_bad, rows=None):
     """The lines of a folder's metadata.jsonl -> (criteria, [(picture(path), caption, annotation)],
-    number of bad lines)."""
+    number of bad lines). rows: [(file name, caption, annotation)] instead of the lines."""
     folder = Path(folder)
+    if rows is not None:
+        return criteria, [(picture(folder / name), *told) for name, *told in rows], 0
     listing = folder / "metadata.jsonl"
     if not listing.is_file():
         raise DataError(f"{listing}: not found; write one JSON line a picture: file_name, caption, "

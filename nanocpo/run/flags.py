@@ -111,14 +111,15 @@ def _for_processes(parser, settings):
     return settings.changed(batch=batch, accumulate=accumulate)
 
 
-def parse_sampling(description, argv):
-    """The flags of sample.py -> (Sampling, Weights). Ends the program on wrong flags."""
-    toy, stable_diffusion = SAMPLING.values()
+def parse_sampling(description, argv, kinds=SAMPLING):
+    """The flags of sample.py, or with kinds=PROPOSING of propose.py -> (Sampling or Proposing,
+    Weights). Ends the program on wrong flags."""
+    toy, stable_diffusion = kinds.values()
     parser, argv = _parser(description, argv, [toy], [stable_diffusion])
     args = vars(parser.parse_args(argv))
-    sampling, weights = (type(part)(**{f.name: args[f.name] for f in fields(part)})
+    asked, weights = (type(part)(**{f.name: args[f.name] for f in fields(part)})
                          for part in (toy, Weights()))
     with _told(parser):
         weights.check()
-        sampling.check()
-    return sampling, weights
+        asked.check()
+    return asked, weights

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
 from ..diffusion import PREDICTIONS
+from ..folder.expert import ROUNDS
 from ..losses import RULES
 from ..utils.cli import SEED, above, not_empty, number
 from ..utils.device import pick_device
@@ -170,6 +171,9 @@ class Report:
                                   type=above(0))
     guidance: float = setting(2.0, "scale of the row auxiliary_guided; with --weights of all "
                               "pictures", more=True, type=number())
+    verdict_draws: int = setting(2, "with --weights: noises for each of the auxiliary's verdicts, "
+                                 "which count #A_neg in the report (0: not counted)",
+                                 type=above(-1))
 
     def check(self):
         """Raises ValueError on values that do not go together."""
@@ -316,3 +320,32 @@ def knobs(axis):
 
 
 SAMPLING = {"toy": Sampling(), "stable diffusion": Sampling(guidance=7.5, steps=30, count=1)}
+
+
+@dataclass(frozen=True)
+class Proposing:
+    """propose.py: who is asked, about which pictures, and how thoroughly."""
+    data: str | None = setting(None, "the folder of the pictures")
+    tree: str | None = setting(None, "criteria as JSON; default: criteria.json in the folder, else "
+                               "nanocpo/toy/paintings.json")
+    checkpoint: str = setting("out/auxiliary.pt", "the toy's auxiliary; with --weights --lora")
+    partly: bool = setting(False, "also about the leaves without a verdict at pictures that have "
+                           "some")
+    draws: int = setting(4, "noises that a picture is judged at in each round", type=above(0))
+    rounds: int = setting(ROUNDS, "1: each leaf alone; in each further round beside what was found "
+                          "of the others", type=above(0))
+    known: int = setting(64, "judged pictures, at most, that say where to cut the scores and how "
+                         "often they are right; only those held out from training are taken (0: "
+                         "none)", type=above(-1))
+    batch: int = setting(32, "pictures at a time", type=above(0))
+    seed: int = setting(0, "of the noise", type=SEED)
+    device: str = setting("auto", "auto, cpu, cuda, mps", type=pick_device)
+    skip_bad = True                     # no field: what training cannot read says nothing here
+
+    def check(self):
+        """Raises ValueError where no folder is named."""
+        if not self.data or not Path(self.data).is_dir():
+            raise ValueError(f"--data {self.data or ''}: name the folder of the pictures")
+
+
+PROPOSING = {"toy": Proposing(), "stable diffusion": Proposing(batch=1)}

@@ -8,9 +8,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from ..criteria import Criteria
 from ..data import Batch, Paintings, to_tensor
-from ..folder.reading import open_picture, read_folder
+from ..folder.reading import folder_criteria, open_picture, read_folder
 from ..utils import ranks
 from ..utils.checkpoint import fingerprint
 from .model import cached
@@ -63,9 +62,10 @@ class LatentPaintings(Paintings):
         return Batch(part.captions, part.annotations, latents=torch.stack(list(part.images)))
 
 
-def load_latents(common, weights, base):
-    """The folder --data as LatentPaintings. common, weights: of the settings; base: an SDModel.
-    The cache's key holds the VAE's weights, the picture's bytes and its size."""
+def load_latents(common, weights, base, rows=None):
+    """The folder --data as LatentPaintings. common, weights: of the settings; base: an SDModel;
+    rows: see read_folder. The cache's key holds the VAE's weights, the picture's bytes and its
+    size."""
     if not Path(common.data).is_dir():
         raise ValueError(f"--data {common.data}: with --weights it is a folder with pictures and "
                          "metadata.jsonl")
@@ -88,12 +88,12 @@ def load_latents(common, weights, base):
         with torch.no_grad():
             return cached(cache, f"latents {key} {image.size} {digest}", encode), digest
 
-    criteria = Criteria.load(common.tree) if common.tree else None
+    criteria = folder_criteria(common.data, common.tree)
     if cache and ranks.count() > 1:               # each encodes its part; then all read all of it
         read_folder(common.data, criteria, ranks.every_nth(latents), common.skip_bad)
         ranks.wait()
         enlarged.clear()
-    criteria, rows, skipped = read_folder(common.data, criteria, latents, common.skip_bad)
+    criteria, rows, skipped = read_folder(common.data, criteria, latents, common.skip_bad, rows)
     bar.close()
     if enlarged:
         print(f"{len(enlarged)} of {len(rows)} pictures are enlarged, since they are smaller than "

@@ -1,7 +1,7 @@
 """LoRA (2106.09685): small trainable adapters beside the linear layers of one frozen network.
 
 Auxiliary and target are two adapters on the same base, and the reference is the base with none:
-three models for the memory of one. An adapter adds scale * B A x to the output of a layer W x, with
+three models for the memory of one. An adapter adds B A x to the output of a layer W x, with
 A (rank, in) random and B (out, rank) zero at the start.
 """
 import json
@@ -37,10 +37,10 @@ class Adapter(nn.Module):
     """The matrices of one adapter, float32 whatever the base is: the only parameters that
     are trained."""
 
-    def __init__(self, pairs, scale=1.0):
+    def __init__(self, pairs):
         """pairs {layer name: (A (rank, in), B (out, rank))}."""
         super().__init__()
-        self.place, self.scale = {name: i for i, name in enumerate(pairs)}, scale
+        self.place = {name: i for i, name in enumerate(pairs)}
         self.A = nn.ParameterList(a for a, _ in pairs.values())
         self.B = nn.ParameterList(b for _, b in pairs.values())
 
@@ -49,13 +49,11 @@ class Adapter(nn.Module):
         layer alone."""
         i = self.place.get(name)
         return (None if i is None else
-                self.scale * F.linear(F.linear(x, self.A[i].to(x.dtype)), self.B[i].to(x.dtype)))
+                F.linear(F.linear(x, self.A[i].to(x.dtype)), self.B[i].to(x.dtype)))
 
     def pairs(self):
-        """{layer name: (A, scale * B)}, detached: the scale is folded in, since most file layouts
-        have no place for it."""
-        return {name: (self.A[i].detach(), self.scale * self.B[i].detach())
-                for name, i in self.place.items()}
+        """{layer name: (A, B)}, detached."""
+        return {name: (self.A[i].detach(), self.B[i].detach()) for name, i in self.place.items()}
 
 
 class LoRA:
@@ -82,16 +80,16 @@ class LoRA:
         finally:
             self.active = before
 
-    def new(self, rank=8, alpha=None, targets=TARGETS, seed=0):
-        """A new adapter on the layers whose names end in one of `targets`. It changes nothing yet:
-        B is zero. alpha None: the rank."""
+    def new(self, rank=8, seed=0):
+        """A new adapter on the layers whose names end in one of TARGETS. It changes nothing yet:
+        B is zero."""
         generator, pairs = torch.Generator().manual_seed(seed), {}
         for name, layer in self.layers.items():
-            if name.endswith(tuple("." + target for target in targets)):
+            if name.endswith(tuple("." + target for target in TARGETS)):
                 a = torch.randn(rank, layer.in_features, generator=generator) / rank ** 0.5
                 pairs[name] = tuple(x.to(layer.weight.device)
                                     for x in (a, torch.zeros(layer.out_features, rank)))
-        return Adapter(pairs, (alpha or rank) / rank)
+        return Adapter(pairs)
 
 
 @torch.no_grad()
@@ -115,7 +113,7 @@ def describe(name, adapter, parts, size, phrases=()):
     return {"format": "pt", "ss_output_name": name, "ss_network_module": "networks.lora",
             "ss_base_model_version": "sdxl_base_v1-0" if version == "xl"
             else f"sd_v{version}{'_v' * v}",
-            # the scale is folded into the tensors
+            # alpha is the rank: nothing is scaled
             "ss_v2": str(version == "2"), "ss_network_dim": str(rank),
             "ss_network_alpha": str(float(rank)), "modelspec.sai_model_spec": "1.0.0",
             "modelspec.architecture": f"stable-diffusion-{family}/lora",
@@ -135,7 +133,7 @@ def save(adapter, path, layout="peft", xl=False, metadata=None):
         flat = name.replace(".", "_") if layout == "kohya" else name
         tensors |= {down.format(flat): a.cpu().contiguous(), up.format(flat): b.cpu().contiguous()}
         if layout == "kohya":
-            # alpha = rank: the scale is in B already
+            # alpha = rank: nothing is scaled
             tensors[f"lora_unet_{flat}.alpha"] = torch.tensor(float(len(a)))
     content = safetensors().save(tensors, metadata)
     size = int.from_bytes(content[:8], "little")

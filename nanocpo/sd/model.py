@@ -95,6 +95,19 @@ class Backbone:
         for part in parts if self.resting else ():
             part.to("cpu")
 
+    @contextmanager
+    def at_hand(self):
+        """Inside the with-block text encoders and VAE stay where they are needed first, and nothing
+        is kept: for thousands of prompts that are asked once."""
+        usual = self.resting, self.cache
+        self.resting, self.cache = False, None
+        try:
+            yield
+        finally:
+            self.resting, self.cache = usual
+            if self.resting:
+                self.rest()
+
     @cached_property
     def digest(self):
         """Of the weights that adapters are trained on."""

@@ -7,31 +7,28 @@
                 not trained?
     log_ratio   the auxiliary's opinion of sampled pictures: likelier with the positive or with
                 the negative attributes?
+    counted     their #A_neg, the number of negative attributes, by the auxiliary's verdicts, and
+                how often these are right on held-out pictures
     report.png  base above target, each column with one caption and one noise: somebody has to
                 look
 
-The target was trained to please this auxiliary: a log_ratio that grows says that stage 2 did its
-work, not that people like the pictures. `agreement` is the share of held-out pictures where the
-auxiliary prefers the annotation to its opposite; near 0.5 its opinion is noise.
+The teacher judges its pupil: the target was trained to please this auxiliary. A log_ratio that
+grows, or a #A_neg that falls, says that stage 2 did its work, not that people like the pictures.
+And verdicts that are right on held-out pictures may be wrong on sampled ones. `agreement` is the
+share of held-out pictures where the auxiliary prefers the annotation to its opposite; near 0.5 its
+opinion is noise.
 """
 import numpy as np
 import torch
 
-from ..data import SPLITS, Batch, to_images
+from ..data import Batch, to_images
+from ..folder.expert import agreement, calibrate, in_context, noised, told
 from ..losses import sft_loss
-from ..method import add_noise
 from ..utils.log import BINS, summarize
-from ..utils.device import send
 from ..utils.report import interval, write_report
+from .latents import LatentPaintings
 
-PICTURES, PAIRS = 32, 8             # held-out pictures that are measured, pairs in the PNG: at most
-
-
-def held_out(data):
-    """The first pictures of the validation and test parts together: nothing is chosen by
-    either here."""
-    parts = (*SPLITS["validation"], *SPLITS["test"])
-    return data.take([i for i, tenth in enumerate(data.tenths()) if tenth in parts][:PICTURES])
+PAIRS = 8                           # in the PNG, at most
 
 
 def errors(model, latents, *prompts, seed=0):
@@ -41,15 +38,11 @@ def errors(model, latents, *prompts, seed=0):
     latents: of N pictures, (4, h, w) each; prompts: K lists of N Prompts. The K share the noise,
     which depends on the seed and the shapes before: so do two models that are asked about the same
     pictures."""
-    generator, steps, out = torch.Generator().manual_seed(seed), model.diffusion.steps, []
+    generator, out = torch.Generator().manual_seed(seed), []
     for x0, *asked in zip(latents, *prompts):
         tokens = model.text.tokens(asked)
-        for i in range(BINS):
-            t = torch.tensor([(2 * i + 1) * steps // (2 * BINS)])
-            xt, x0_, noise = add_noise(model, Batch([], None, latents=x0[None]), t, generator)
-            goal = model.diffusion.goal(x0_, t, noise)
-            times = send(torch.cat([t] * len(asked)), model.device)
-            prediction = model(torch.cat([xt] * len(asked)), times, tokens)
+        for xt, t, goal in noised(model, Batch([""], None, latents=x0[None]), BINS, generator):
+            prediction = model(torch.cat([xt] * len(asked)), torch.cat([t] * len(asked)), tokens)
             out.append(sft_loss(prediction, goal.expand_as(prediction))[1]["loss"].cpu())
     return torch.stack(out).double().view(-1, BINS, len(prompts)).numpy()
 
@@ -87,6 +80,25 @@ def on_held_out(held, seed, base, auxiliary, target, cpo_step, batch):
                        for name, x in found.items()}} | result
 
 
+def with_interval(pairs):
+    """{"base": numbers, "target": numbers} of the same captions and noises -> mean and interval of
+    each, and of their differences."""
+    rows = pairs | {"difference": pairs["target"] - pairs["base"]}
+    return {name: dict(zip(("mean", "ci"), interval(values))) for name, values in rows.items()}
+
+
+def counted(auxiliary, held, sampled, draws, seed, size):
+    """#A_neg of sampled pictures {"base": data, "target": data} by the auxiliary's verdicts, cut by
+    those on the held-out pictures, with their agreement there. draws ...: see in_context."""
+    with auxiliary.backbone.at_hand():
+        scores, *ours = (in_context(auxiliary, data, draws, seed=seed, size=size)
+                         for data in (held, *sampled.values()))
+    cuts = calibrate(scores, held.annotations)
+    negative = {name: (own <= cuts).sum(1) for name, own in zip(sampled, ours)}
+    return {"leaves": len(cuts), "draws": draws, "negative": with_interval(negative),
+            "agreement": agreement(scores, held.annotations, held.criteria)}
+
+
 @torch.no_grad()
 def report(settings, held, base, auxiliary, target, columns, cpo_step=None):
     """Write OUT/report.json and report.png (report_NAME if the target has another --name), print
@@ -116,10 +128,13 @@ def report(settings, held, base, auxiliary, target, columns, cpo_step=None):
             again = {name: [encode(x[None])[0] for x in some] for name, some in pictures.items()}
         ratios = {name: log_ratio(errors(auxiliary, latents, *sides, seed=common.seed))
                   for name, latents in again.items()}
-        # in pairs: caption and noises are the same
-        ratios["difference"] = ratios["target"] - ratios["base"]
-        result["log_ratio"] = {name: dict(zip(("mean", "ci"), interval(values)))
-                               for name, values in ratios.items()}
+        result["log_ratio"] = with_interval(ratios)
+        if how.verdict_draws:
+            sampled = {name: LatentPaintings(criteria, np.fromiter(latents, object), captions,
+                                             np.zeros((len(captions), len(criteria)), np.int8))
+                       for name, latents in again.items()}
+            result["counted"] = counted(auxiliary, held, sampled, how.verdict_draws, common.seed,
+                                        common.batch)
 
     first, second = (to_images(some[:PAIRS]) for some in pictures.values())
     write_report(common.out, settings.cpo.name, result, first, second, captions[:PAIRS], zoom=1,
@@ -143,4 +158,12 @@ def table(result):
     for name, row in result.get("log_ratio", {}).items():
         low, high = row["ci"]
         lines.append(f"log-ratio, {name:11} {row['mean']:+.5f} ({low:+.5f} to {high:+.5f})")
+    if "counted" in result:
+        counts = result["counted"]
+        for name, row in counts["negative"].items():
+            low, high = row["ci"]
+            lines.append(f"#A_neg of {counts['leaves']}, {name:11} {row['mean']:.2f} ({low:.2f} to "
+                         f"{high:.2f})")
+        lines.append("#A_neg is the auxiliary's count: the teacher judges its pupil. "
+                     + told(counts["agreement"]))
     return "\n".join(lines)

@@ -11,6 +11,7 @@ import torch
 
 from ..criteria import Prompt
 from ..data import to_images
+from ..folder.expert import held_out
 from ..run.settings import knobs
 from ..run.stages import alignment_step
 from ..utils import ranks
@@ -21,7 +22,7 @@ from . import lora
 from .files import WeightsError
 from .latents import load_latents
 from .model import Backbone, SDModel
-from .report import held_out, report
+from .report import report
 from .weights import load_parts
 
 
@@ -177,6 +178,23 @@ class StableDiffusion:
         step = alignment_step(evenly, held, base, auxiliary)
         columns = self.data.criteria.columns(self.settings.cpo.criteria)
         return report(self.settings, held, base, auxiliary, target, columns, step)
+
+
+# --- propose.py
+
+class StableDiffusionJudge:
+    """What propose.py asks of Stable Diffusion (see Judge in nanocpo/folder/proposals.py). Raises
+    ValueError without an auxiliary."""
+
+    def __init__(self, how, weights, criteria):
+        if not weights.lora:
+            raise ValueError("--weights needs --lora: the auxiliary's adapter, for example "
+                             "out_sd/auxiliary.safetensors")
+        self.how, self.weights, self.criteria = how, weights, criteria
+        self.model = with_lora(open_base(weights, how.device), *weights.lora, merge_text=True)
+
+    def pictures(self, rows=None):
+        return load_latents(self.how, self.weights, self.model, rows)
 
 
 # --- sample.py

@@ -1,5 +1,7 @@
 """The toy as a world (see World in nanocpo/run/stages.py): paintings or a folder of small pictures,
 a small model trained from nothing, the critic's report."""
+import operator
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
@@ -123,6 +125,34 @@ class Toy:
             return None
         return report(settings.common.out, settings.cpo.name, base, auxiliary, target,
                       settings.report, settings.common.seed, seconds)
+
+
+# --- propose.py
+
+class ToyJudge:
+    """What propose.py asks of the toy (see Judge in nanocpo/folder/proposals.py). Raises ValueError
+    where the auxiliary knows another tree than the folder's, criteria."""
+
+    def __init__(self, how, criteria):
+        content = load_checkpoint(how.checkpoint)
+        use_again(how.checkpoint, {"tree": content["criteria"]}, {"tree": criteria.to_dict()},
+                  cure="name an auxiliary that was trained on this folder, or its --tree")
+        self.how, self.criteria = how, criteria
+        self.model = load_model(how.checkpoint, how.device, content)
+        self.trained_on = content.get("made_of", {}).get("data")
+
+    def pictures(self, rows=None):
+        data = from_folder(self.how.data, self.criteria, self.model.config["size"],
+                           skip_bad=self.how.skip_bad, rows=rows)
+        if rows is None and data.digest() != self.trained_on:
+            print(f"{self.how.checkpoint} was not trained on this folder as it is now: of its "
+                  "judged pictures it may have seen some, and be right about them too often")
+        known = [caption if caption in self.model.captions else "" for caption in data.captions]
+        if known != data.captions:
+            lost = sum(map(operator.ne, known, data.captions))
+            print(f"{lost} of {len(data)} captions are unknown to the auxiliary; it judges these "
+                  "pictures without them")
+        return replace(data, captions=known)
 
 
 # --- sample.py

@@ -1,0 +1,35 @@
+"""Propose verdicts for pictures that nobody judged: the auxiliary's, for a person to confirm.
+
+    python propose.py --data paintings --checkpoint out_mine/auxiliary.pt
+    python propose.py --data paintings --weights sd15 --lora out_sd/auxiliary.safetensors
+
+It writes proposals.json into the folder, which the page of nanocpo/folder/annotate.py shows, and
+says how often the auxiliary is right about pictures that are judged already and were held out from
+training. How it judges: nanocpo/folder/expert.py.
+"""
+from nanocpo.folder.annotate import collect
+from nanocpo.folder.proposals import propose, table, unjudged
+from nanocpo.folder.reading import folder_criteria
+from nanocpo.run.flags import parse_sampling
+from nanocpo.run.settings import PROPOSING
+from nanocpo.sd.world import StableDiffusionJudge
+from nanocpo.toy.world import ToyJudge
+from nanocpo.utils.cli import command
+
+
+def main(argv=None):
+    """Parse the flags, ask the auxiliary, write DATA/proposals.json; returns its content."""
+    how, weights = parse_sampling(__doc__, argv, PROPOSING)
+    criteria = folder_criteria(how.data, how.tree)
+    rows = unjudged(collect(how.data, criteria), how.partly)
+    judge = (StableDiffusionJudge(how, weights, criteria) if weights.weights
+             else ToyJudge(how, criteria))
+    content = propose(judge, how.data, rows, how.draws, how.rounds, how.known, how.seed, how.batch)
+    print(table(content))
+    print(f"{how.data}/proposals.json: {len(rows)} pictures; now python -m nanocpo.folder.annotate "
+          f"{how.data} shows them")
+    return content
+
+
+if __name__ == "__main__":
+    command(main)
