@@ -1,15 +1,15 @@
-"""The auxiliary's proposals for unjudged pictures: made by propose.py, checked against the verdicts
-of held-out pictures, and never taken for verdicts."""
+"""The auxiliary's proposals for unjudged pictures: made by nanocpo/propose.py, checked against the
+verdicts of held-out pictures, and never taken for verdicts."""
 import json
 
 import numpy as np
 import pytest
 import torch
 
-import propose
 import sd_tiny
 from toy_tiny import CRITERIA, DATA, tiny_model
 
+from nanocpo import propose
 from nanocpo.criteria import DEFAULT_TREE
 from nanocpo.folder import proposals
 from nanocpo.folder.annotate import collect, page
@@ -158,7 +158,7 @@ def test_the_page_shows_them_apart_from_verdicts(folder):
 def test_a_file_that_fits_no_more_is_told(folder, text, words):
     (folder / FILE).write_text(text)
     with pytest.raises(DataError, match=f"{FILE}: these are no proposals for this tree .*{words}"
-                                        ".*; delete the file, or have propose.py write it again"):
+                                        ".*; delete the file, or have nanocpo.propose write it"):
         page(folder, CRITERIA)
 
 

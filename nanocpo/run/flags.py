@@ -112,7 +112,7 @@ def _for_processes(parser, settings):
 
 
 def parse_sampling(description, argv, kinds=SAMPLING):
-    """The flags of sample.py, or with kinds=PROPOSING of propose.py -> (Sampling or Proposing,
+    """The flags of sample.py, or with kinds=PROPOSING of nanocpo.propose -> (Sampling or Proposing,
     Weights). Ends the program on wrong flags."""
     toy, stable_diffusion = kinds.values()
     parser, argv = _parser(description, argv, [toy], [stable_diffusion])

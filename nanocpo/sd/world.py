@@ -180,11 +180,11 @@ class StableDiffusion:
         return report(self.settings, held, base, auxiliary, target, columns, step)
 
 
-# --- propose.py
+# --- nanocpo/propose.py
 
 class StableDiffusionJudge:
-    """What propose.py asks of Stable Diffusion (see Judge in nanocpo/folder/proposals.py). Raises
-    ValueError without an auxiliary."""
+    """What nanocpo.propose asks of Stable Diffusion (see Judge in nanocpo/folder/proposals.py).
+    Raises ValueError without an auxiliary."""
 
     def __init__(self, how, weights, criteria):
         if not weights.lora:

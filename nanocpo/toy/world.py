@@ -127,11 +127,11 @@ class Toy:
                       settings.report, settings.common.seed, seconds)
 
 
-# --- propose.py
+# --- nanocpo/propose.py
 
 class ToyJudge:
-    """What propose.py asks of the toy (see Judge in nanocpo/folder/proposals.py). Raises ValueError
-    where the auxiliary knows another tree than the folder's, criteria."""
+    """What nanocpo.propose asks of the toy (see Judge in nanocpo/folder/proposals.py). Raises
+    ValueError where the auxiliary knows another tree than the folder's, criteria."""
 
     def __init__(self, how, criteria):
         content = load_checkpoint(how.checkpoint)
