@@ -259,11 +259,13 @@ def test_speed_decoupling_and_guidance(out, monkeypatch):
                         "--curve-steps", "2")
     assert [p["step"] for p in summary["curves"]["none"][0]] == [0, 1, 2] and "| constant |" in text
     monkeypatch.setattr("nanocpo.study.expert.DRAWS", (1, 2))
+    monkeypatch.setattr("nanocpo.study.expert.IN_ROUNDS", (1,))
     monkeypatch.setattr("nanocpo.study.expert.CALIBRATED", (0, 4))
     study.main(["expert", "--out", str(out), "--results", str(out / "results"), "--count", "60",
                 "--device", "cpu"])
     found = json.loads((out / "results" / "expert.json").read_text())
-    assert list(found["rows"]) == [f"{d} draws, calibrated on {c}" for d in (1, 2) for c in (0, 4)]
+    assert list(found["rows"]) == [f"{ask}, calibrated on {some}" for ask in (
+        "1 draws, 1 round", "2 draws, 1 round", "1 draws, 4 rounds") for some in (0, 4)]
     assert all(0 <= x <= 1 for row in found["rows"].values() for x in row)
     monkeypatch.setattr(study, "KNOBS", (1.0,))
     summary, text = run(out, "axes", "--seeds", "1")
