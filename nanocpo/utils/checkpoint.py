@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from . import ranks
+from .files import ordinary, parse
 
 
 @contextmanager
@@ -90,8 +91,8 @@ def save_json(path, content):
 def read_json(path):
     """The dict in a JSON file that can be made again; {} where there is none, or no such file."""
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError, RecursionError):
+        content = parse(ordinary(path).read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}
 
@@ -100,7 +101,7 @@ def load_checkpoint(path):
     """Read a checkpoint's dict to the CPU. Raises ValueError or OSError that names the file and
     what to do."""
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        content = torch.load(ordinary(path), map_location="cpu", weights_only=True)
         wrong = _fault(content)
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{path}: no such checkpoint; train_cpo.py makes one") from error

@@ -38,11 +38,19 @@ def not_empty(text):
     return text
 
 
+def printable(text, most=2000):
+    """Text that may hold what a file or a flag says, as one line for a terminal: line breaks and
+    control characters are escaped, and of more than `most` characters the middle is left out."""
+    if len(text) > most:
+        text = text[:most - 700] + " ... " + text[-700:]        # the cure stands at its end
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
 class Parser(argparse.ArgumentParser):
     """Tells a wrong flag in one line, without the list of all flags before it."""
 
     def error(self, message):
-        self.exit(2, f"error: {message} (--help shows the flags)\n")
+        self.exit(2, f"error: {printable(message)} (--help shows the flags)\n")
 
 
 def command(main, several=False):
@@ -80,7 +88,7 @@ def command(main, several=False):
         if sys.flags.dev_mode or not (own or isinstance(error, (OSError, FloatingPointError))):
             raise
         where = f" in process {ranks.number()}" if ranks.count() > 1 else ""
-        sys.exit(f"error{where}: {error}")
+        sys.exit(f"error{where}: {printable(str(error))}")
     except RuntimeError as error:
         asked = re.search(r"you tried to allocate (\d+) bytes", str(error))
         if asked and not sys.flags.dev_mode:
