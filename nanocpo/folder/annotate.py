@@ -17,7 +17,7 @@ from urllib.parse import quote
 
 from ..criteria import Criteria, CriteriaError
 from ..utils.checkpoint import atomic_write
-from ..utils.cli import Parser, command, not_empty, printable
+from ..utils.cli import Parser, command, printable
 from ..utils.files import is_text, read_text
 from .reading import DataError, caption_of, folder_criteria, lines, read_line, said
 
@@ -116,9 +116,9 @@ def main(argv=None):
     """Write FOLDER/annotate.html; returns its path."""
     parser = Parser(description=main.__doc__,
                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("folder", type=not_empty,
+    parser.add_argument("folder",
                         help="folder with pictures, and perhaps metadata.jsonl and criteria.json")
-    parser.add_argument("--tree", type=not_empty,
+    parser.add_argument("--tree",
                         help="criteria as JSON; default: criteria.json in the folder, else the "
                         "embedded tree")
     args = parser.parse_args(argv)

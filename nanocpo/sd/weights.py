@@ -260,7 +260,12 @@ def build(kind, config, state, dtype, where):
         shown = (f"{label}: {', '.join(sorted(names)[:3])}{' ...' if len(names) > 3 else ''}"
                  for label, names in faults.items() if names)
         raise WeightsError(f"{where}: weights and configuration do not fit; {'; '.join(shown)}")
-    model.load_state_dict({name: x.to(dtype) for name, x in state.items()}, assign=True)
+    state = {name: x.to(dtype) for name, x in state.items()}
+    # a sum reads each number once, and is finite only if all of them are
+    broken = [name for name, x in state.items() if not x.sum(dtype=torch.float64).isfinite()]
+    if broken:
+        raise WeightsError(f"{where}: {broken[0]} is not finite in {dtype}; download it again")
+    model.load_state_dict(state, assign=True)
     return model.eval().requires_grad_(False)
 
 
@@ -361,10 +366,15 @@ def load_parts(path, config=None, tokenizer=None, variant=None, dtype=torch.floa
         # a file alone has no settings: OpenCLIP's pads with "!", ViT-L's with the end of text
         pad = None if not tokenizer else EOS if encoder.config.activation == "quick_gelu" else "!"
         loaded = Tokenizer.load(place, pad)
-        if max(loaded.vocabulary.values()) >= encoder.config.vocabulary:
-            raise WeightsError(f"{place}: knows {len(loaded.vocabulary)} tokens, but text encoder "
-                               f"{i + 1} only {encoder.config.vocabulary}; learned words need the "
+        highest = max(loaded.vocabulary.values())
+        if highest >= encoder.config.vocabulary:
+            raise WeightsError(f"{place}: has the token {highest}, but text encoder {i + 1} knows "
+                               f"only 0 to {encoder.config.vocabulary - 1}; learned words need the "
                                "text encoder that was trained with them")
+        if loaded.derived and highest + 1 < encoder.config.vocabulary:
+            raise WeightsError(f"{place}: its merges make {highest + 1} tokens, and text encoder "
+                               f"{i + 1} knows {encoder.config.vocabulary}; the file is cut off, "
+                               "or of another model")
         end = loaded.vocabulary[EOS]
         if encoder.config.projection and encoder.config.eos not in (2, end):
             raise WeightsError(f"{path}, text_encoder_2: eos_token_id = {encoder.config.eos}, but "

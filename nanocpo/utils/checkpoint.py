@@ -132,9 +132,28 @@ def _fault(content):
     return ""
 
 
+@contextmanager
+def fitting(path):
+    """Inside the with-block the parts of a checkpoint are put together; whatever a torn or invented
+    one leads to becomes a ValueError that names the file."""
+    try:
+        yield
+    except Exception as error:
+        raise ValueError(f"{path}: its parts do not fit together ({type(error).__name__}: {error});"
+                         " it is of another version") from error
+
+
 def is_finished(content):
     """Whether a checkpoint's run came to its end, as far as it says."""
     return content.get("step", 0) >= content.get("steps", 0)
+
+
+def stopped(path, content, resume):
+    """Whether the run of a checkpoint stopped on its way; said, unless it is resumed."""
+    if not is_finished(content) and not resume:
+        print(f"{path} stopped at step {content['step']} of {content['steps']}; it is trained anew "
+              "(--resume would go on)")
+    return not is_finished(content)
 
 
 def fingerprint(*modules):
@@ -168,8 +187,8 @@ def use_again(what, was, now, must=None, cure=CURE):
     is said and accepted: a base that was trained longer on the same data is what its owner left
     there."""
     if was is None:
-        raise ValueError(f"{what} does not say what it was made of (it is of an older version); "
-                         f"{cure}")
+        raise ValueError(f"{what} does not say what it was made of (it is of an older version, or "
+                         f"damaged); {cure}")
     different = differences(was, now)
     wrong = [name for name in different if must is None or name in must]
     if wrong:

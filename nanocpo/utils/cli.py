@@ -47,7 +47,12 @@ def printable(text, most=2000):
 
 
 class Parser(argparse.ArgumentParser):
-    """Tells a wrong flag in one line, without the list of all flags before it."""
+    """Tells a wrong flag in one line, without the list of all flags before it. A flag without a
+    type of its own takes text that is not empty."""
+
+    def __init__(self, *arguments, **named):
+        super().__init__(*arguments, **named)
+        self.register("type", None, not_empty)
 
     def error(self, message):
         self.exit(2, f"error: {printable(message)} (--help shows the flags)\n")
