@@ -27,6 +27,7 @@ from nanocpo.run.stages import ready_auxiliary, stage_2, train
 from nanocpo.sd import latents, lora, world
 from nanocpo.sd.latents import LatentPaintings, load_latents
 from nanocpo.sd.model import SDModel
+from nanocpo.sd.tokenizer import Tokenizer
 from nanocpo.sd.world import StableDiffusion, StableDiffusionPainter, open_base, with_lora
 from nanocpo.toy.paintings import from_painter
 from nanocpo.utils.checkpoint import fingerprint, load_checkpoint, save_checkpoint
@@ -379,6 +380,17 @@ def test_the_record_tells_zero_terminal_snr(opened, tmp_path):
         flags = ["--weights", "unused", "--device", "cpu", "--out", str(tmp_path)]
         return StableDiffusion(parse_training("", flags, ("common",))).sources()["prediction"]
     assert (told(False), told(True)) == ("v", "v with zero-terminal SNR")
+
+
+def test_the_record_tells_the_tokenizer_of_a_flag(opened, tmp_path):
+    def told(tokenizer, *flags):
+        opened[1].backbone.parts.tokenizers = [tokenizer]
+        flags = ["--weights", "unused", "--device", "cpu", "--out", str(tmp_path), *flags]
+        return StableDiffusion(parse_training("", flags, ("common",))).sources().get("tokenizer")
+    merges = sd_tiny.train_merges()
+    made = [told(Tokenizer(*asked), "--tokenizer", "t") for asked in (
+        (merges,), (merges,), (merges[:-1],), (merges[::-1],), (merges, None, "!"))]
+    assert made[0] == made[1] and len(set(made)) == 4 and told(Tokenizer(merges)) is None
 
 
 def test_each_part_of_the_data_has_its_use(opened, tmp_path, monkeypatch):

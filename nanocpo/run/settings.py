@@ -12,7 +12,7 @@ from pathlib import Path
 
 from ..diffusion import PREDICTIONS
 from ..losses import RULES
-from ..utils.cli import SEED, above, not_empty, number
+from ..utils.cli import SEED, above, encodable, not_empty, number, phrase
 from ..utils.device import pick_device
 
 METHODS = ("cpo", "esd", "dpo", "sft")
@@ -270,16 +270,16 @@ class Sampling:
     """sample.py: what to paint, and how."""
     checkpoint: str = setting("out/target.pt", "the toy's model")
     caption: list | None = setting(None, "captions; default: all that the model knows", nargs="+",
-                                   type=str)        # the empty one is a caption too
+                                   type=encodable)  # the empty one is a caption too
     positive: list = setting((), "attributes to list as good: phrases, leaf names, or all",
-                             nargs="+")
+                             nargs="+", type=phrase)
     negative: list = setting((), "attributes to list as bad; with guidance, to move away from",
-                             nargs="+")
+                             nargs="+", type=phrase)
     guidance: float = setting(1.0, "1: none (with --weights also less)", type=number())
     axis: list = setting((), "a knob for each branch, NAME=SCALE: how far to push it from bad to "
                          "good beside the prompt (0: not at all; below 0: the other way). NAME is "
                          "a branch or leaf of the tree; with --weights good phrase / bad phrase",
-                         nargs="+")
+                         nargs="+", type=phrase)
     count: int = setting(4, "pictures for each caption", type=above(0))
     steps: int = setting(12, "sampling steps", type=above(0))
     eta: float = setting(0.0, "0: DDIM; 1: as much noise as DDPM",

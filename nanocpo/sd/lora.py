@@ -287,8 +287,8 @@ def _fold(where, name, shape, pieces, settings):
                       else pattern or settings.get("lora_alpha") or rank)
     except (ValueError, TypeError, AttributeError, RuntimeError, re.error) as error:
         raise WeightsError(f"{where}: its alpha cannot be read ({error})") from error
-    if not all(x.isfinite().all() for x in (*pieces.values(), torch.tensor(alpha))):
+    folded = (pieces["A"].float(), pieces["B"].float()
+              * (alpha / (math.sqrt(rank) if settings.get("use_rslora") else rank)))
+    if not all(x.isfinite().all() for x in folded):
         raise WeightsError(f"{where} is not finite; train it again, or take another file")
-    return (pieces["A"].float(),
-            pieces["B"].float()
-            * (alpha / (math.sqrt(rank) if settings.get("use_rslora") else rank)))
+    return folded

@@ -4,6 +4,7 @@ merges.txt (and vocab.json).
 Text -> NFC, lower case -> words -> bytes -> merged pairs -> [BOS] ids [EOS] padding. It agrees with
 the tokenizers library but for code points that the running Python's Unicode tables do not know yet.
 """
+import hashlib
 import re
 import unicodedata
 from functools import lru_cache
@@ -141,8 +142,15 @@ class Tokenizer:
         for name in ("special_tokens_map.json", "tokenizer_config.json"):  # the first has the say
             if pad is None and (folder / name).is_file():
                 pad = read_json(folder / name).get("pad_token")
-                pad = pad["content"] if isinstance(pad, dict) else pad
+                pad = pad.get("content") if isinstance(pad, dict) else pad
+                if not isinstance(pad, (str, type(None))):
+                    raise WeightsError(f"{folder / name}: the pad_token {pad!r} is no string")
         return cls(merges, vocabulary, pad or EOS, added=added.values())
+
+    def digest(self):
+        """A hash of it: when it is the same, so are the ids of any text."""
+        said = self.vocabulary, list(self.rank), self.ids, self.pad, self.length
+        return hashlib.sha256(repr(said).encode()).hexdigest()
 
     def _word_ids(self, word):
         """One word -> its ids: the pair of lowest rank is merged, wherever it stands, until no

@@ -120,7 +120,11 @@ class StableDiffusion:
     def sources(self):
         diffusion = self.base.diffusion     # one name for what is predicted, and at which noise
         zero = " with zero-terminal SNR" if diffusion.alpha_bar[-1] == 0 else ""
-        return {"data": self.data.digest(), "prediction": diffusion.prediction + zero}
+        sources = {"data": self.data.digest(), "prediction": diffusion.prediction + zero}
+        if self.settings.weights.tokenizer:     # a flag's own, that is no part of the base
+            tokenizers = self.base.backbone.parts.tokenizers
+            sources["tokenizer"] = " ".join(tokenizer.digest() for tokenizer in tokenizers)
+        return sources
 
     def given(self, name):
         if name == "base":

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from . import ranks
-from .files import ordinary, parse
+from .files import NotAFile, ordinary, parse
 
 
 @contextmanager
@@ -105,9 +105,10 @@ def load_checkpoint(path):
         wrong = _fault(content)
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{path}: no such checkpoint; train_cpo.py makes one") from error
-    except OSError:                         # not the file's fault
-        raise
     except Exception as error:
+        # not the file's fault; what is damaged can be an OSError too, that names no file
+        if isinstance(error, NotAFile) or getattr(error, "filename", None):
+            raise
         raise ValueError(f"{path}: not a checkpoint of nanocpo, or damaged "
                          f"({type(error).__name__}); delete it and train again") from error
     if wrong:
@@ -126,6 +127,11 @@ def _fault(content):
     for name, kind in kinds.items():
         if not isinstance(content.get(name), kind):
             return f"'{name}' is no {kind.__name__}"
+    for name in kinds.keys() - {"ema"}:
+        try:
+            json.dumps(content[name])
+        except (TypeError, ValueError, RecursionError):
+            return f"'{name}' holds more than words and numbers"
     for name, weight in content["ema"].items():
         if not torch.is_tensor(weight) or not weight.isfinite().all():
             return f"the weight {name} is not finite"

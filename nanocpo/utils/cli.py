@@ -8,6 +8,7 @@ import sys
 import torch
 
 from . import ranks
+from .files import is_text
 
 
 def number(kind=float, above=-math.inf, to=math.inf):
@@ -36,6 +37,18 @@ def not_empty(text):
     if not text.strip():
         raise argparse.ArgumentTypeError("is empty")
     return text
+
+
+def encodable(text):
+    """An argparse type: any text, even none, that a prompt can hold."""
+    if not is_text(text):
+        raise argparse.ArgumentTypeError("is not UTF-8")
+    return text
+
+
+def phrase(text):
+    """An argparse type: text that a prompt can hold and that says something."""
+    return not_empty(encodable(text))
 
 
 def printable(text, most=2000):

@@ -18,12 +18,13 @@ class Log:
     def __init__(self, path, name, keep):
         """keep: of a log that is there already, the lines up to this step stay."""
         self.path, self.name, self.window = path, name, []
-        before = (ordinary(path).read_text(encoding="utf-8", errors="replace")
-                  if keep and path.exists() else None)
+        before = ordinary(path).read_bytes() if keep and path.exists() else b""
         # a torn line, or one that is not the log's, is left out
-        lines = [line for line in (before or "").splitlines() if _step(line) <= keep]
+        lines = [line for line in before.decode(errors="replace").splitlines()
+                 if _step(line) <= keep]
         text = "".join(line + "\n" for line in lines)
-        if text != before and ranks.first():      # and several may look at one finished run
+        # several may look at one finished run
+        if (not keep or text.encode() != before) and ranks.first():
             with atomic_write(path) as temporary:
                 temporary.write_text(text, encoding="utf-8")
         self.line = json.loads(lines[-1]) if lines else {}
