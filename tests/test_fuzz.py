@@ -41,7 +41,7 @@ from nanocpo.utils.muon import Muon
 from sd_tiny import write_tokenizer
 from toy_tiny import tiny_model
 
-MANY = int(os.environ.get("NANOCPO_FUZZ", 0))
+MANY = int(os.environ.get("NANOCPO_FUZZ") or 0)
 
 
 def fuzz(each):

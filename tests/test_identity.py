@@ -6,17 +6,26 @@ from dataclasses import fields, replace
 
 import numpy as np
 import pytest
+import torch
 
-from toy_tiny import DATA, settings_of, tiny_model
+import sd_tiny
+from toy_tiny import CRITERIA, DATA, settings_of, tiny_model
 
 import nanocpo.toy.report as toy_report
 from nanocpo.diffusion import PREDICTIONS
-from nanocpo.run import stages
+from nanocpo.folder.expert import log_ratios
+from nanocpo.method import sft_step
+from nanocpo.run import baselines, stages
 from nanocpo.run.settings import STABLE_DIFFUSION, TOY, Settings, record
+from nanocpo.sd.report import errors
 from nanocpo.sd.world import StableDiffusion
 from nanocpo.study import lab
+from nanocpo.toy import painter
+from nanocpo.toy.evaluate import paint, real_positive
+from nanocpo.toy.paintings import from_painter
 from nanocpo.toy.world import Toy
-from nanocpo.utils.checkpoint import differences, read_json
+from nanocpo.train import Recipe, fit
+from nanocpo.utils.checkpoint import differences, fingerprint, read_json
 
 DECIDES_NOTHING = {
     "out": "where a result lies", "name": "how it is called",
@@ -171,6 +180,53 @@ def test_every_setting_of_the_report_is_in_the_record_of_its_rows(monkeypatch, t
         kept.append(read_json(tmp_path / "rows.json")["made_of"])
     assert differences(*kept) == [f.name]
     assert kept[0].keys() == {g.name for g in DECIDING["report"]} | {"seed", "models", "code"}
+
+
+def one_step(model, generator):
+    prompts = lambda criteria, batch, generator: [criteria.prompt(c) for c in batch.captions]
+    return sft_step(model, CRITERIA, DATA.draw(4, generator), prompts, generator, lean=0.7)
+
+
+def trained(seed, folder):
+    return fit(tiny_model(), one_step, Recipe(2, 1e-3), folder / "x.pt", name="x", seed=seed)[0]
+
+
+PROMPTS = [CRITERIA.prompt(caption) for caption in DATA.captions[:3]]
+SEEDED = {
+    "the base's first weights": lambda seed, folder: Toy(settings_of(
+        "--seed", str(seed)), DATA).new_base().digest(),
+    "an adapter's first weights": lambda seed, folder: fingerprint(
+        sd_tiny.tiny().with_adapter(2, seed)),
+    "training": lambda seed, folder: trained(seed, folder).digest(),
+    "the sampler": lambda seed, folder: tiny_model().sample(PROMPTS, steps=2, seed=seed),
+    "the sampler of Stable Diffusion": lambda seed, folder: sd_tiny.tiny().sample(
+        ["a boat"], steps=1, seed=seed),
+    "the report's pictures": lambda seed, folder: paint(tiny_model(), "plain", 4, seed, 2),
+    "painted captions": lambda seed, folder: from_painter(count=9, seed=seed).captions,
+    "painted states": lambda seed, folder: from_painter(count=9, seed=seed).annotations,
+    "a painting": lambda seed, folder: painter.paint("a boat", dict.fromkeys(painter.LEAVES, 1),
+                                                     (seed, 0)),
+    "paintings of one caption": lambda seed, folder: [image for image, caption in zip(*(
+        getattr(from_painter(count=9, regime="positive", seed=seed), name)
+        for name in ("images", "captions"))) if caption == "a boat"][:1],
+    "the teacher's pictures": lambda seed, folder: baselines.painted(
+        DATA, tiny_model(), [0], 3, 2, seed).images,
+    "the auxiliary's verdicts": lambda seed, folder: log_ratios(tiny_model(), DATA.take([0, 1]), 1,
+                                                                seed),
+    "errors of Stable Diffusion": lambda seed, folder: errors(
+        sd_tiny.tiny(), torch.ones(1, 4, 6, 6), ["a boat"], seed=seed),
+    "damaged verdicts": lambda seed, folder: lab.degrade(DATA, 0.5, 0.1, seed).annotations,
+    "displacement": lambda seed, folder: lab.displacement(
+        tiny_model(), tiny_model(1), DATA.images[:12], DATA.captions[:12], seed)[0],
+    "held-out masterpieces": lambda seed, folder: real_positive(CRITERIA, 8, seed)[1].scores}
+
+
+@pytest.mark.parametrize("what", SEEDED)
+def test_a_seed_is_heeded(tmp_path, what):
+    """The same seed gives the same again, another one something else."""
+    first, again, other = (
+        repr(np.asarray(SEEDED[what](seed, tmp_path)).tolist()) for seed in (0, 0, 1))
+    assert first == again != other
 
 
 def test_settings_that_decide_nothing_change_no_weights(tmp_path, tiny):
