@@ -5,8 +5,11 @@ import errno
 import json
 import math
 import os
+import subprocess
+import sys
 import zipfile
 from argparse import Namespace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +17,7 @@ import torch
 from PIL import Image
 
 import exercises.__main__
+import exercises.make
 import sample
 import train_cpo
 import train_sft
@@ -37,6 +41,7 @@ from nanocpo.utils.log import Log
 from sd_tiny import train_merges, write_tokenizer
 from toy_tiny import settings_of, tiny_model
 
+ROOT = Path(__file__).resolve().parent.parent
 PIPE = "a named pipe or a device, not a file"
 
 
@@ -179,6 +184,25 @@ def test_an_error_is_one_line_whatever_a_file_says(capsys):
     with pytest.raises(SystemExit):
         settings_of("--name", "a\nb" * 999)
     assert capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.parametrize("coding", ["utf-8", "ascii"])
+def test_what_a_terminal_cannot_show_is_no_reason_to_stop(coding):
+    code = ("from nanocpo.utils.cli import command\n"
+            "command(lambda: print('caf\\udce9 \\u00e9'))")
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, cwd=ROOT,
+                           env=os.environ | {"PYTHONIOENCODING": coding})
+    assert found.returncode == 0 and found.stderr == b""
+    assert found.stdout.decode(coding) == "caf\\udce9 " + (
+        "é" if coding == "utf-8" else "\\xe9") + os.linesep
+
+
+def test_numbers_of_exercises_are_those_that_there_are():
+    assert exercises.make.parse_numbers("2-4,1") == [1, 2, 3, 4]
+    for wrong, words in (("1-99999999999", "no exercise 999999999; there are 1 to"), ("0", "no ex"),
+                         ("²", "write numbers as 1-4,7"), ("1-x", "write numbers"), ("", "write")):
+        with pytest.raises(ValueError, match=words):
+            exercises.make.parse_numbers(wrong)
 
 
 MAINS = {"train_sft": train_sft.main, "train_cpo": train_cpo.main, "sample": sample.main,

@@ -50,7 +50,7 @@ def test_a_broad_picture_has_broad_latents(tmp_path):
     assert data.captions == ["broad", "tall"]
     for latents, pixels in zip(data.images, (sheet, sheet.transpose(1, 0, 2))):
         height, width = (side // 3 * 2 for side in pixels.shape[:2])                  # 64 x 32
-        small = np.asarray(Image.fromarray(pixels).resize((width, height), Image.LANCZOS))
+        small = np.array(Image.fromarray(pixels).resize((width, height), Image.LANCZOS))
         assert latents.shape == (4, height // 8, width // 8)
         with torch.no_grad():
             torch.testing.assert_close(latents, base.latents.encode(to_tensor(small[None]))[0])

@@ -77,6 +77,8 @@ def command(main, several=False):
     line and ends with status 1; `python -X dev` shows where it arose, as all other errors do.
 
     several: whether it may be one of several processes (torchrun)."""
+    if hasattr(sys.stdout, "reconfigure"):      # what a terminal cannot show is escaped
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         if several:
             ranks.start()
