@@ -128,7 +128,7 @@ def test_a_broken_result_of_a_study_is_named(tmp_path):
     room.models, room.sources = {}, {}
     path, run = room.path("key"), ("key", "sample", {})
     path.parent.mkdir(parents=True)
-    for broken in ("{", "[]", ""):
+    for broken in ("{", "[]", "", '{"made_of": [1]}'):
         path.write_text(broken)
         with pytest.raises(ValueError, match="key.json does not say what .* or damaged.; delete"):
             room.read(run)

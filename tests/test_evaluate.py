@@ -177,7 +177,8 @@ def test_rows_are_kept_for_one_model_one_setting_and_one_code(monkeypatch, tmp_p
     written = json.loads((tmp_path / "out" / "report.json").read_text())
     assert written["rows"] == {name: {"neg": [2, 0, 3, 4.0]} for name in (*kept, "target")}
 
-    for broken in ("{", "[]", '{"rows": {}}', "null"):            # then it is made again
+    for broken in ("{", "[]", '{"rows": {}}', "null", '{"rows": {}, "made_of": 3}',
+                   '{"rows": [], "made_of": {}}'):                # then it is made again
         (tmp_path / "out" / "rows.json").write_text(broken)
         assert measured() == [*kept, "target"] and measured() == ["target"]
 

@@ -223,10 +223,11 @@ SEEDED = {
 
 @pytest.mark.parametrize("what", SEEDED)
 def test_a_seed_is_heeded(tmp_path, what):
-    """The same seed gives the same again, another one something else."""
-    first, again, other = (
-        repr(np.asarray(SEEDED[what](seed, tmp_path)).tolist()) for seed in (0, 0, 1))
-    assert first == again != other
+    """The same seed gives the same again, another one something else; the largest that a flag takes
+    is one."""
+    first, again, other, largest = (
+        repr(np.asarray(SEEDED[what](seed, tmp_path)).tolist()) for seed in (0, 0, 1, 2 ** 63 - 1))
+    assert first == again != other != largest != first
 
 
 def test_settings_that_decide_nothing_change_no_weights(tmp_path, tiny):

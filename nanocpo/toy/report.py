@@ -32,7 +32,8 @@ def report(out, name, base, auxiliary, target, settings, seed, seconds):
     made_of = record(settings) | {"seed": seed, "models": fingerprint(base, auxiliary),
                                   "code": code_digest()}
     known = read_json(kept)
-    same = "rows" in known and not differences(known.get("made_of", {}), made_of)
+    same = (all(isinstance(known.get(part), dict) for part in ("rows", "made_of"))
+            and not differences(known["made_of"], made_of))
     known = known["rows"] if same else {}
     missing = {row: pair for row, pair in models.items() if row == name or row not in known}
     result, pictures = evaluate(missing, *how)

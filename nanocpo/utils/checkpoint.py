@@ -192,7 +192,7 @@ def use_again(what, was, now, must=None, cure=CURE):
     be another thing. must: the names that have to agree (None: all of them). That others differ
     is said and accepted: a base that was trained longer on the same data is what its owner left
     there."""
-    if was is None:
+    if not isinstance(was, dict):
         raise ValueError(f"{what} does not say what it was made of (it is of an older version, or "
                          f"damaged); {cure}")
     different = differences(was, now)
