@@ -690,7 +690,7 @@ MUTANTS = [
           ("raw in other.items()],", "raw in ()],", "what is not ours is lost"),
           ('table.get(file) or', "", "captions of metadata.csv are lost")),
     *_all("nanocpo/utils/grid.py",
-          ("labels[i].split", "labels[i - 1].split", "labels stand under other pictures"),
+          ("enumerate(texts[i])", "enumerate(texts[i - 1])", "labels stand under other pictures"),
           ("(6, 6 + row * step_h)", "(6, 6 + (rows - 1 - row) * step_h)",
            "titles stand above other rows")),
     *_all("nanocpo/study/plots.py",

@@ -21,7 +21,7 @@ from nanocpo.study.plots import COLOURS, bar_chart, line_chart, matrix_chart
 from nanocpo.toy.evaluate import all_prompts, paint
 from nanocpo.toy.world import Toy
 from nanocpo.utils.checkpoint import save_checkpoint
-from nanocpo.utils.grid import save_grid
+from nanocpo.utils.grid import LINES, save_grid
 from nanocpo.utils.report import write_report
 
 LINE, TITLE, GAP = 14, 22, 4                # pixels of a label's line, of a title, between tiles
@@ -75,6 +75,15 @@ def test_each_picture_has_its_label_and_each_row_its_title(tmp_path):
     for title, pixels in zip(("one", "2", "three"), titles):
         assert (pixels == titled(tmp_path, title, 2, 16, 3)).all() and (pixels < 255).any()
     assert len({pixels.tobytes() for pixels in titles}) == 3
+
+
+def test_a_caption_of_thousands_of_words_is_cut_to_its_place(tmp_path):
+    for label, lines in (("word " * 20_000, 1), ("word\n" * 20_000, LINES)):
+        save_grid(tmp_path / "x.png", noise(2, 16), [label, "a"], columns=2, zoom=4)
+        _, found, _ = read(tmp_path / "x.png", 2, 2, 16, 4, lines=lines)
+        assert (found[0] == written(tmp_path, label[:5 * lines].strip(), 16, 4)[:, :64]).all() or (
+            lines == 1 and (found[0] < 255).any())
+        assert (found[1][:LINE] == written(tmp_path, "a", 16, 4)).all()
 
 
 def test_base_stands_above_the_target_under_their_captions(tmp_path):
