@@ -300,5 +300,7 @@ def test_an_adapter_older_than_its_checkpoint_is_told(tmp_path, capsys):
     for step in (7, 3):
         torch.save(content | {"step": step}, tmp_path / "target.pt")
         say_if_older(path)
+    (tmp_path / "target.pt").write_bytes(b"an embedding of another program")
+    say_if_older(path)
     assert capsys.readouterr().out == (f"{path} is of an earlier run: target.pt stopped at step 3 "
                                        "of 7\n")

@@ -90,6 +90,7 @@ def read_tensors(path):
         raise WeightsError(f"{path}: not a checkpoint, or cut off ({error}); "
                            "download it again") from error
 
+
 def read_part(folder, variant=None):
     """The tensors of one part (unet/, vae/, text_encoder/): files of the variant before others,
     .safetensors before .bin, shards before a whole file."""

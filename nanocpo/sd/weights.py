@@ -99,11 +99,11 @@ def check(config, known, only, where):
 
 
 def check_numbers(config, keys, where):
-    """Refuse by name what is no whole number above 0, or a list of such, and has to be; and what is
-    more than any model has: building it would fill the memory."""
+    """Refuse by name what is no whole number above 0, or a tuple of such, and has to be; and what
+    is more than any model has: building it would fill the memory."""
     for key in keys:
         value, most = config.get(key, 1), 100 if "layers" in key else 10 ** 6
-        numbers = value if isinstance(value, (list, tuple)) else [value]
+        numbers = value if isinstance(value, tuple) else [value]
         if not numbers or not all(type(n) is int and 0 < n <= most for n in numbers):
             raise WeightsError(f"{where}: {key} = {value!r} is not supported; only a whole number "
                                f"above 0 and at most {most} is")
@@ -150,7 +150,9 @@ def vae_config(config, where="vae"):
     """diffusers' vae/config.json -> VAEConfig."""
     check(config, (*VAE_NAMES, "sample_size", "force_upcast", "down_block_types", "up_block_types"),
           VAE_ONLY, where)
-    check_numbers(config, ("layers_per_block", "norm_num_groups", "block_out_channels"), where)
+    numbers = ("layers_per_block", "norm_num_groups", "block_out_channels")
+    channels = tuple(config.get("block_out_channels", VAEConfig.channels))
+    check_numbers(config | {"block_out_channels": channels}, numbers, where)
     scale = config.get("scaling_factor", VAEConfig.scale)
     if type(scale) not in (int, float) or not 0 < scale < math.inf:
         raise WeightsError(f"{where}: scaling_factor = {scale!r} is not supported; only a number "

@@ -4,6 +4,7 @@ for auxiliary and target, pictures as latents.
     python train_sft.py --weights sd15 --data paintings --out out_sd  # out_sd/auxiliary.safetensors
     python train_cpo.py --weights sd15 --data paintings --out out_sd  # out_sd/target.safetensors
 """
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -62,8 +63,10 @@ def with_lora(base, *files, merge_text=False):
 
 def say_if_older(path):
     """Say so where an adapter's file is of an earlier run than the checkpoint beside it."""
-    beside = path.with_suffix(".pt")
-    content = load_checkpoint(beside) if beside.is_file() else {}
+    beside, content = path.with_suffix(".pt"), {}
+    if beside.is_file():
+        with suppress(ValueError):              # another program's
+            content = load_checkpoint(beside)
     if not is_finished(content):
         print(f"{path} is of an earlier run: {beside.name} stopped at step {content['step']} of "
               f"{content['steps']}")
