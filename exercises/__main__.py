@@ -11,7 +11,7 @@ import json
 import sys
 from pathlib import Path
 
-from nanocpo.utils.cli import command
+from nanocpo.utils.cli import Parser, above, command
 
 from .grade import child, grade, kill
 from .make import make, parse_numbers
@@ -20,8 +20,8 @@ from .table import load
 
 def main(argv=None):
     """Parse the flags and do it."""
-    parser = argparse.ArgumentParser("python -m exercises", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser("python -m exercises", description=__doc__,
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
     what = parser.add_subparsers(dest="what", required=True)
     one = what.add_parser("make", help="a student's copy")
     one.add_argument("folder")
@@ -32,7 +32,7 @@ def main(argv=None):
     two.add_argument("--blank", default="all", help="the exercises that were handed out")
     two.add_argument("--seed", required=True, help="any text; keep it to yourself")
     two.add_argument("--out", default="grades")
-    two.add_argument("--limit", type=float, default=60, help="seconds for an exercise")
+    two.add_argument("--limit", type=above(0, float), default=60, help="seconds for an exercise")
     three = what.add_parser("kill", help="tests that a student wrote")
     three.add_argument("tests")
     four = what.add_parser("child")

@@ -34,9 +34,10 @@ def parse_numbers(text):
     numbers = []
     for part in text.split(","):
         low, _, high = part.partition("-")
-        if not low.isdigit() or (high and not high.isdigit()):
+        if not low.isdecimal() or (high and not high.isdecimal()):
             raise ValueError(f"exercises '{part}': write numbers as 1-4,7 or all")
-        numbers += range(int(low), int(high or low) + 1)
+        ends = int(low[:9]), int((high or low)[:9])
+        numbers += [n for n in (*ends, *known) if n in ends or ends[0] < n < ends[1]]
     wrong = [n for n in numbers if n not in known]
     if wrong or not numbers:
         raise ValueError(f"no exercise {', '.join(map(str, wrong))}; there are 1 to {max(known)}")

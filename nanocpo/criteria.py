@@ -7,11 +7,12 @@ is ours: small, and every leaf of it can be measured. An *annotation* is an int8
 number per leaf: +1 (positive), -1 (negative), 0 (not judged).
 """
 import copy
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+
+from .utils.files import parse, read_text
 
 DEFAULT_TREE = Path(__file__).parent / "toy" / "paintings.json"
 
@@ -86,9 +87,9 @@ class Criteria:
     def load(cls, path=DEFAULT_TREE):
         """Read a tree from a JSON file. Raises CriteriaError that names the file."""
         try:
-            return cls(json.loads(Path(path).read_text(encoding="utf-8-sig")))
+            return cls(parse(read_text(path)))
         except (OSError, ValueError, RecursionError) as error:
-            # a bad tree, not UTF-8, not JSON, thousands of brackets
+            # a bad tree, a pipe, not UTF-8, not JSON, hundreds of levels
             raise CriteriaError(f"{path}: cannot read a criteria tree: {error}") from error
 
     def to_dict(self):

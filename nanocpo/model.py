@@ -11,7 +11,7 @@ from torch import nn
 from .criteria import Criteria
 from .diffusion import Diffusion, guide
 from .unet import UNet, UNetConfig
-from .utils.checkpoint import fingerprint, is_finished, load_checkpoint
+from .utils.checkpoint import fingerprint, fitting, is_finished, load_checkpoint
 from .utils.device import send
 
 
@@ -187,13 +187,10 @@ def load_model(path, device="cpu", content=None):
             f"{path}: an adapter of Stable Diffusion that can be trained on, no model of its own. "
             f"To paint: sample.py --weights BASE --lora {Path(path).with_suffix('.safetensors')}; "
             "to train the toy: another --out")
-    try:
+    with fitting(path):
         unet = UNetConfig(**config["unet"])
         if min(*unet.channels, *unet.heads, unet.layers, unet.groups) < 1:
             raise ValueError("a size below 1")
         model = Model(Criteria(content["criteria"]), **config | {"unet": unet})
         model.load_state_dict(content["ema"])
-    except Exception as error:          # whatever a torn or invented configuration leads to
-        raise ValueError(f"{path}: its parts do not fit together ({error}); it is of another "
-                         "version") from error
     return model.to(device).frozen_copy()

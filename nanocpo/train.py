@@ -8,7 +8,7 @@ import torch
 from tqdm import tqdm
 
 from .utils import ranks
-from .utils.checkpoint import load_checkpoint, save_checkpoint, use_again
+from .utils.checkpoint import fitting, load_checkpoint, save_checkpoint, use_again
 from .utils.log import Log, shown
 from .utils.muon import Muon
 
@@ -127,8 +127,9 @@ class TrainingState:
         use_again(path, was and was | {"model": state["config"], "tree": state["criteria"]},
                   made_of | {"model": now["config"], "tree": now["criteria"]},
                   cure="resume with the same flags and data, or choose another --out or --name")
-        self.model.load_state_dict(state["model"])
-        self.average.load_state_dict(state["ema"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.generator.set_state(state["rng"])
-        return state["step"]
+        with fitting(path):
+            self.model.load_state_dict(state["model"])
+            self.average.load_state_dict(state["ema"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.generator.set_state(state["rng"])
+            return state["step"]

@@ -2,6 +2,7 @@
 with it where there is one."""
 import html.parser
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -69,7 +70,7 @@ def test_the_page_holds_the_data_whatever_they_say(folder):
     assert data["rows"][1]["src"] == "b%20c%231.jpg"
     assert data["rows"][1]["caption"] == "x </script><script>alert(1)</script> <!-- é"
     assert (data["rows"][1]["states"] == {"One": 1, "Two": -1, "Three": 0}
-            and data["rows"][1]["other"] == {"artist": "me"})
+            and data["rows"][1]["other"] == ['"artist": "me"'])
     assert data["rows"][0]["caption"] == "" and set(data["rows"][0]["states"].values()) == {0}
     assert "<" not in parsed.scripts[0]
 
@@ -88,7 +89,14 @@ def test_a_changed_line_is_told_from_an_old_one(folder):
     ("{", "line 2"), ('{"file_name": "a.png", "positive": ["nonsense"]}', "line 2: .*nonsense"),
     ('{"caption": "x"}', "line 2"), ("[]", "line 2"),
     ('{"file_name": "a.png"}\n{"file_name": "a.png"}', "line 3: a.png has a line already"),
-    ('{"file_name": "gone.png"}', "gone.png is no picture")])
+    ('{"file_name": "gone.png"}', "gone.png is no picture"),
+    ('{"file_name": "a.png", "postive": ["good one"]}', "line 2: 'postive' looks like 'pos"),
+    ('{"file_name": ["a.png"]}', "line 2: 'file_name' is missing"), ("null", "line 2: not"),
+    ('{"file_name": "../a.png"}', r"line 2: '../a.png' is no file of this folder"),
+    ('{"file_name": "a.png", "caption": ["x"]}', "line 2: 'caption' is no string"),
+    ('{"file_name": "a.png", "x": ' + "[" * 9999, "line 2: not JSON that can be read"),
+    ('{"file_name": "a.png", "x": 1, "x": 2}', "line 2: 'x' stands there twice"),
+    ('{"file_name": "a.png", "caption": "\\ud83d"}', "line 2: '.ud83d' holds half a character")])
 def test_lines_that_the_page_would_lose_stop_it(folder, line, words):
     with open(folder / "metadata.jsonl", "w") as file:
         file.write("\n" + line + "\n")
@@ -113,10 +121,64 @@ def test_captions_of_other_programs_are_taken_over(folder):
     rows = collect(folder, criteria)
     assert [row["caption"] for row in rows] == ["from the side", "", "from the line"]
     # what the page saves has one caption
-    assert rows[2]["other"] == {"artist": "me"}
+    assert rows[2]["other"] == ['"artist": "me"']
     (folder / "metadata.jsonl").unlink()
     (folder / "metadata.csv").write_text('file_name,text\nsub/d.PNG,"a, b"\n', encoding="utf-8")
     assert [row["caption"] for row in collect(folder, criteria)] == ["from the side", "", "a, b"]
+
+
+def test_what_training_refuses_is_not_offered(folder, tmp_path_factory, capsys):
+    """Links out of the folder, pipes, names that are not UTF-8."""
+    elsewhere = tmp_path_factory.mktemp("elsewhere") / "x.png"
+    Image.new("RGB", (4, 4)).save(elsewhere)
+    (folder / "link.png").symlink_to(elsewhere)
+    (folder / "inside.png").symlink_to(folder / "a.png")
+    os.mkfifo(folder / "pipe.png")
+    bad = os.fsdecode(os.fsencode(folder) + b"/caf\xe9.png")
+    try:
+        Image.new("RGB", (4, 4)).save(bad)
+    except OSError:                                     # a system whose names are all UTF-8
+        bad = None
+    (folder / "metadata.jsonl").unlink()
+    main([str(folder)])
+    said = capsys.readouterr().out
+    rows = json.loads(Scripts((folder / "annotate.html").read_text(encoding="utf-8")).scripts[0])
+    assert [row["file_name"] for row in rows["rows"]] == ["a.png", "b c#1.jpg", "inside.png",
+                                                          "sub/d.PNG"]
+    assert ("left out, since they are links out of the folder: link.png; copy the pictures into it"
+            in said)
+    assert bad is None or "since their names are not UTF-8: caf\\udce9.png; rename them" in said
+
+
+@pytest.mark.parametrize("content, words", [
+    (b"file_name,text\n\xff,x\n", "metadata.csv: is not UTF-8 .*byte 15"),
+    (b"file_name,text,caption\na.png,x,y\n", "csv, near line 2: 'caption' and 'text' are"),
+    (b"file_name,text\na.png," + b"x" * 200_000, "csv, near line 1: field larger than field")])
+def test_a_table_that_cannot_be_read_is_named(folder, content, words):
+    (folder / "metadata.csv").write_bytes(content)
+    with pytest.raises((DataError, ValueError), match=words):
+        main([str(folder)])
+
+
+@pytest.mark.parametrize("name", ["metadata.jsonl", "metadata.csv", "criteria.json"])
+def test_a_pipe_is_not_waited_for(folder, name):
+    (folder / name).unlink(missing_ok=True)
+    os.mkfifo(folder / name)
+    with pytest.raises((OSError, ValueError), match=f"{name}: a named pipe or a device"):
+        main([str(folder)])
+
+
+def test_the_page_replaces_itself_whole(folder):
+    """Whatever stands under its name: nothing is waited for, nothing elsewhere is written."""
+    other = folder / "other.txt"
+    other.write_text("mine")
+    (folder / "annotate.html").symlink_to(other)
+    main([str(folder)])
+    assert other.read_text() == "mine" and not (folder / "annotate.html").is_symlink()
+    (folder / "annotate.html").unlink()
+    os.mkfifo(folder / "annotate.html")
+    main([str(folder)])
+    assert "<html" in (folder / "annotate.html").read_text(encoding="utf-8")
 
 
 def test_a_folder_without_pictures_is_an_error(tmp_path):
@@ -212,6 +274,22 @@ IN_BROWSERS = pytest.mark.parametrize("run", [
         BROWSER is None, reason="no Chromium on this machine")),
     pytest.param(in_node, marks=pytest.mark.skipif(
         NODE is None, reason="no node on this machine"))])
+
+
+@IN_BROWSERS
+def test_what_the_page_does_not_understand_it_keeps_byte_for_byte(folder, tmp_path_factory, run):
+    """Numbers that JavaScript rounds or does not know, escapes, the order of keys; and a line with
+    such keys that has no caption."""
+    odd = ['"id": 18446744073709551617', '"score": NaN', '"w": 1.00', '"src": [ ]', '"was": 1',
+           r'"caf\u00e9": {"b": [1e400, "\u0041"], "a": "</script>"}', '"__proto__": {"x": 1}']
+    line = '{"file_name": "b c#1.jpg", "caption": "x", "positive": ["One"], %s}' % ", ".join(odd)
+    (folder / "metadata.jsonl").write_text(line + '\n{"file_name": "a.png", "n": -0.0}\n')
+    main([str(folder)])
+    saved = run(folder, 'press("ArrowRight"); press("n");', tmp_path_factory.mktemp("p"))["after"]
+    first, second = saved.splitlines()
+    assert first == '{"file_name":"a.png","caption":"","positive":[],"negative":[],"n": -0.0}'
+    assert second == ('{"file_name":"b c#1.jpg","caption":"x","positive":[],"negative":["bad one"],'
+                      + ",".join(odd) + "}")
 
 
 @IN_BROWSERS

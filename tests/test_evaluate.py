@@ -10,10 +10,12 @@ import torch
 from toy_tiny import CRITERIA, DATA, settings_of, tiny_model
 
 import nanocpo.toy.report as module
+from nanocpo.data import to_images, to_tensor
 from nanocpo.run.settings import Report
+from nanocpo.study import lab
 from nanocpo.toy.critic import judge
-from nanocpo.toy.evaluate import (all_prompts, diversity, evaluate, frechet, hue_gap, measure_row,
-                                  real_positive, roughness, seen, to_nearest, unfit)
+from nanocpo.toy.evaluate import (all_prompts, asked, diversity, evaluate, frechet, hue_gap,
+                                  measure_row, real_positive, roughness, seen, to_nearest, unfit)
 from nanocpo.toy.painter import CAPTIONS, HATCHING, HUES, LEAVES, paint
 from nanocpo.toy.paintings import from_painter
 from nanocpo.toy.report import code_digest, report, table
@@ -175,7 +177,8 @@ def test_rows_are_kept_for_one_model_one_setting_and_one_code(monkeypatch, tmp_p
     written = json.loads((tmp_path / "out" / "report.json").read_text())
     assert written["rows"] == {name: {"neg": [2, 0, 3, 4.0]} for name in (*kept, "target")}
 
-    for broken in ("{", "[]", '{"rows": {}}', "null"):            # then it is made again
+    for broken in ("{", "[]", '{"rows": {}}', "null", '{"rows": {}, "made_of": 3}',
+                   '{"rows": [], "made_of": {}}'):                # then it is made again
         (tmp_path / "out" / "rows.json").write_text(broken)
         assert measured() == [*kept, "target"] and measured() == ["target"]
 
@@ -205,6 +208,56 @@ def test_every_row_is_asked_in_its_way():
     plain, positive, negative = all_prompts(CRITERIA, ["a boat"] * 2)
     asked = [(plain, None, 1.0), (positive, None, 1.0), (positive, negative, 3.0)]
     assert [model.seen for model, _ in models.values()] == [(*how, 7, 5) for how in asked]
+
+
+class Master(Painted):
+    """It paints what it is asked for, without a flaw, but in the leaves of `flaws`."""
+    captions, flaws = list(CAPTIONS), ()
+
+    def sample(self, prompts, *rest, **named):
+        states = {leaf: -1 if leaf in self.flaws else 1 for leaf in LEAVES}
+        images = [paint(prompt.caption, states, (3, i)) for i, prompt in enumerate(prompts)]
+        return to_tensor(np.stack(images))
+
+
+def test_each_picture_is_held_against_its_own_caption():
+    """Several captions, in turn: exchanged among the pictures they would all be wrong."""
+    master = Master()
+    rows = evaluate({"master": (master, "plain")}, samples=10)[0]["rows"]
+    assert rows["master"]["caption"] == 1 and rows["master"]["nearest"] < 0.02
+    images = to_images(master.sample([CRITERIA.prompt(c) for c in asked(master, 10)]))
+    row = lab.row_of(images, master, seed=0)
+    assert row["caption"] == 1 and asked(master, 10) == [*CAPTIONS, *CAPTIONS, *CAPTIONS][:10]
+
+
+@pytest.mark.parametrize("flaws", [["Level"], ["Corners"], ["Purity", "Edges"]])
+def test_each_number_stands_under_the_name_of_its_leaf_and_root(flaws):
+    master = Master()
+    master.flaws = flaws
+    content, _ = evaluate({"x": (master, "plain")}, samples=8)
+    row = content["rows"]["x"]
+    assert {name for name, share in row["by_leaf"].items() if share > 0.5} == set(flaws)
+    roots = {root.name: sum(leaf.name in flaws for leaf in root.leaves())
+             for root in CRITERIA.roots}
+    assert {name: round(count) for name, count in row["by_root"].items()} == roots
+    # and in the printed table
+    lines = [line for line in table(content).splitlines() if line]
+    start = next(i for i, line in enumerate(lines) if line.startswith("#A_neg by root"))
+    printed = dict(zip(re.findall(r"\S.{0,11}(?=  |$)", lines[start][20:].strip()),
+                       map(float, lines[start + 1].split()[1:])))
+    assert [round(x) for x in printed.values()] == list(roots.values())
+    assert [name[:12].strip() for name in roots] == [name.strip() for name in printed]
+
+
+def test_the_columns_of_the_table_by_hand():
+    numbers = dict(neg=1.25, neg_ci=[1.0, 1.5], pos=10.75, caption=0.5, diversity=0.125,
+                   frechet=3.5, nearest=0.25, hue_gap=0.75, roughness=0.0625, hatched=0.375,
+                   clipped=0.875, doubtful=0.625, by_root={"A": 1.0})
+    header, line, *_ = table({"rows": {"x": numbers}, "real_positive": numbers}).splitlines()
+    assert header.split() == ["#A_neg", "(95", "%)", "#A_pos", "caption", "diversity", "Frechet",
+                              "nearest", "hue", "gap", "rough", "hatched", "clipped", "doubtful"]
+    assert line.split() == ["x", "1.25", "(1.00-1.50)", "10.75", "0.500", "0.125", "3.50", "0.250",
+                            "0.75", "0.062", "0.38", "0.875", "0.62"]
 
 
 def test_the_report_asks_each_model_in_its_way(tmp_path, monkeypatch):

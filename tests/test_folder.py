@@ -1,5 +1,6 @@
 """Folders of pictures: they give back what was written, and a broken one is told what is wrong."""
 import json
+import os
 import re
 import subprocess
 import sys
@@ -203,6 +204,11 @@ def make_defects(folder):
     (folder / "text.png").write_text("this is no picture")
     (folder / "empty.png").write_bytes(b"")
     (folder / "sub").mkdir()
+    for name in ("latin", "piped"):
+        Image.new("RGB", (8, 8)).save(folder / f"{name}.png")
+    (folder / "latin.txt").write_bytes("bé".encode("latin-1"))
+    for name in ("pipe.png", "piped.txt"):
+        os.mkfifo(folder / name)
     Image.fromarray(np.full((32, 32), 30000, np.uint16)).save(folder / "deep.png")
     Image.new("RGB", (8, 8)).save(folder.parent / "outside.png")
     (folder / "link.png").symlink_to(folder.parent / "outside.png")
@@ -226,7 +232,8 @@ DEFECTS = {
     "absolute": (GOOD | {"file_name": "/elsewhere/picture.png"},
                  "/elsewhere/picture.png' is no file of this folder .*move the picture"),
     "null byte": (GOOD | {"file_name": "a\0.png"}, "is no file of this folder"),
-    "half a surrogate pair": (GOOD | {"file_name": "\ud800.png"}, "is no file of this folder"),
+    "half a surrogate pair": (GOOD | {"file_name": "\ud800.png"}, "ud800.png' holds half a char"),
+    "half a surrogate pair in a caption": (GOOD | {"caption": "a \udc00"}, "holds half a char"),
     "missing file_name": ({"caption": "a boat"}, "'file_name' is missing or empty"),
     "numeric file_name": (GOOD | {"file_name": 1}, "'file_name' is missing or empty"),
     "the same again": (GOOD | {"negative": [], "file_name": "./good.png"},
@@ -235,8 +242,9 @@ DEFECTS = {
                               "'caption' and 'text' are different"),
     "missing caption": ({"file_name": "good.png"}, "'caption' is missing or empty"),
     "empty caption": (GOOD | {"caption": "  "}, "'caption' is missing or empty"),
-    "caption is no string": (GOOD | {"caption": ["a boat"]}, "'caption' is missing or empty"),
-    "caption is NaN": (GOOD | {"caption": float("nan")}, "'caption' is missing or empty"),
+    "caption is no string": (GOOD | {"caption": ["a boat"]}, "'caption' is no string"),
+    "caption is NaN": (GOOD | {"caption": float("nan")}, "'caption' is no string .nan"),
+    "text is an object": ({"file_name": "good.png", "text": {}}, "'text' is no string"),
     "unknown attribute": (GOOD | {"positive": ["nice"]}, "unknown attribute 'nice'"),
     "both sides": (GOOD | {"negative": ["tilted horizon"]},
                    "Composition/Horizon/Level: .* as positive and as negative"),
@@ -253,8 +261,15 @@ DEFECTS = {
     "half a line": (json.dumps(GOOD).encode()[:-5], "not JSON"),
     "a list": (b'["good.png", "a boat"]', "not a JSON object"),
     "NaN alone": (b"NaN", "not a JSON object"),
-    "invalid UTF-8": (b'{"file_name": "good.png", "caption": "\xff"}', "not JSON"),
+    "invalid UTF-8": (b'{"file_name": "good.png", "caption": "\xff"}', "not JSON .byte 39 is not"),
     "thousands of brackets": (b"[" * 100_000, "not JSON"),
+    "a key twice": (b'{"file_name": "good.png", "caption": "x", "positive": ["Level"], '
+                    b'"positive": []}', "'positive' stands there twice; keep one"),
+    "a number of thousands of digits": (b'{"file_name": "good.png", "caption": "x", "n": '
+                                        + b"9" * 5000 + b"}", "a number of 5000 digits; write"),
+    "a named pipe": (GOOD | {"file_name": "pipe.png"}, "pipe.png: a named pipe or a device, not"),
+    "a caption that is not UTF-8": ({"file_name": "latin.png"}, "latin.txt: is not UTF-8 .*byte 1"),
+    "a caption that is a pipe": ({"file_name": "piped.png"}, "piped.txt: a named pipe"),
 }
 
 

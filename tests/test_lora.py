@@ -229,6 +229,40 @@ def test_incomplete_and_misshapen_adapters_are_refused(plugged, change, words, t
         lora.load(tmp_path / "x.safetensors", {"unet": network})
 
 
+@pytest.mark.parametrize("change, words", [
+    (lambda s, k: s.update({k: s[k] * float("nan")}), "to_q.* is not finite; train it again"),
+    (lambda s, k: s.update({k: s[k] + float("inf")}), "is not finite"),
+    (lambda s, k: s.update({k: torch.zeros(())}), "incomplete or of another shape"),
+    (lambda s, k: s.update({k: torch.zeros(0, s[k].shape[1])}), "of another shape"),
+    (lambda s, k: s.update({k.replace("lora_A.weight", "alpha"): torch.tensor(float("nan"))}),
+     "is not finite"),
+    (lambda s, k: s.update({k.replace("lora_A.weight", "alpha"): torch.ones(2)}),
+     "its alpha cannot be read")])
+def test_adapters_without_a_number_are_refused(plugged, change, words, tmp_path):
+    network, places = plugged
+    lora.save(trained(places.new(2)), tmp_path / "x.safetensors")
+    state = load_file(tmp_path / "x.safetensors")
+    change(state, next(key for key in state if "to_q.lora_A" in key))
+    save_file(state, tmp_path / "x.safetensors")
+    with pytest.raises(WeightsError, match=words):
+        lora.load(tmp_path / "x.safetensors", {"unet": network})
+
+
+@pytest.mark.parametrize("settings, words", [
+    ("{", "its lora_adapter_metadata cannot be read"), ("[1]", "cannot be read"),
+    ('{"unet.lora_alpha": "much"}', "its alpha cannot be read"),
+    ('{"unet.lora_alpha": [1]}', "its alpha cannot be read"),
+    ('{"unet.lora_alpha": NaN}', "is not finite"),
+    ('{"unet.alpha_pattern": [1]}', "its alpha cannot be read"),
+    ('{"unet.alpha_pattern": {"(": 1}}', "its alpha cannot be read")])
+def test_settings_of_an_adapter_that_make_no_sense_are_refused(plugged, settings, words, tmp_path):
+    network, places = plugged
+    lora.save(places.new(2), tmp_path / "x.safetensors",
+              metadata={"lora_adapter_metadata": settings})
+    with pytest.raises(WeightsError, match=words):
+        lora.load(tmp_path / "x.safetensors", {"unet": network})
+
+
 @pytest.mark.parametrize("key, words", [
     ("bundle_emb.word.string_to_param.*", "bundled embedding .learned words.: not supported")])
 def test_bundled_embeddings_are_called_what_they_are(plugged, key, words, tmp_path):
@@ -247,6 +281,7 @@ def test_what_is_named_as_an_adapter(tmp_path):
     assert lora.named(f"{file}:-1") == (file, -1)
     for wrong, words in ((tmp_path, "a folder; name the file in it, for example .*x.safetensors"),
                          ("someone/a-style", "not found; .*nothing is downloaded"),
+                         (f"{file}:nan", "x.safetensors:nan: the strength is not finite"),
                          (f"{file}:strong", "x.safetensors:strong: not found"),
                          (tmp_path / "x.pt", "ends in .safetensors .training writes it beside")):
         with pytest.raises(WeightsError, match=words):

@@ -180,6 +180,20 @@ def test_a_cpo_step_takes_rule_strength_and_beta_from_the_flags():
     torch.testing.assert_close(logs("--beta", "4")["margin"], 2 * logs("--beta", "2")["margin"])
 
 
+def test_every_method_that_has_a_rule_keeps_it():
+    """Share of the loser's gradient: --method dpo has vanilla's of its own."""
+    base, auxiliary, target = (tiny_model(seed).frozen_copy() for seed in range(3))
+
+    def shares(*flags):
+        step = alignment_step(settings_of("--paint", "0", *flags), DATA, base, auxiliary)
+        return set(step(target, torch.Generator().manual_seed(0))[1]["lam"].tolist())
+    for name in ("cpo", "dpo"):
+        for rule, strength, share in (("none", "0.5", {1.0}), ("winner", "0.5", {0.0}),
+                                      ("constant", "0.5", {0.5}), ("constant", "0.25", {0.25})):
+            assert shares("--method", name, "--stabilizer", rule, "--strength", strength) == share
+    assert shares("--method", "dpo") == {1.0}
+
+
 def test_cpo_leans_to_noisy_timesteps_as_told():
     base = tiny_model().frozen_copy()
     # u^100 is near 0 for seven of eight u

@@ -55,6 +55,16 @@ def agreement(verdicts, captions, states):
     return right | {"caption": np.mean([a == b for a, b in zip(verdicts.captions, captions)])}
 
 
+def test_a_corner_is_bare_on_either_side():
+    """The painter bares the left one; a picture that is its mirror image has the same verdict."""
+    good = dict.fromkeys(NAMES, 1)
+    images = np.stack([paint("a boat", good | {"Corners": side}, (5, i)) for side in (1, -1)
+                       for i in range(4)])
+    for pictures in (images, images[:, :, ::-1]):
+        assert judge(pictures, CRITERIA).signs[:, NAMES.index("Corners")].tolist() == (
+            [1] * 4 + [-1] * 4)
+
+
 # ---------------------------------------------------------------- the painter
 
 def test_the_painter_knows_every_leaf_of_the_tree():

@@ -7,11 +7,11 @@ import torch
 from PIL import Image
 
 import sd_tiny
-from nanocpo.data import Batch
+from nanocpo.data import Batch, to_tensor
 from nanocpo.folder.reading import DataError
 from nanocpo.method import add_noise
 from nanocpo.run.flags import parse_training
-from nanocpo.sd.latents import LatentPaintings, buckets, nearest
+from nanocpo.sd.latents import LatentPaintings, buckets, load_latents, nearest
 from nanocpo.sd.vae import VAE
 from nanocpo.sd.world import StableDiffusion
 from nanocpo.toy.paintings import from_painter
@@ -29,6 +29,31 @@ def test_buckets():
             and nearest((1200, 1600), sizes) == nearest((1600, 1200), sizes)[::-1])
     with pytest.raises(ValueError, match="bucket-step"):
         buckets(32)
+
+
+def test_a_broad_picture_has_broad_latents(tmp_path):
+    """Its left half black, its right half white: neither turned nor mirrored; and buckets that are
+    not their own mirror image."""
+    assert [nearest(size, [(8, 4), (6, 6), (2, 9)]) for size in (
+        (400, 200), (150, 400), (30, 40), (90, 50), (1, 8))] == [(8, 4), (2, 9), (6, 6), (8, 4),
+                                                                  (2, 9)]
+    base = sd_tiny.tiny()
+    sheet = np.zeros((48, 96, 3), np.uint8)
+    sheet[:, 48:] = 255
+    for name, pixels in (("broad", sheet), ("tall", sheet.transpose(1, 0, 2))):
+        Image.fromarray(pixels).save(tmp_path / f"{name}.png")
+    (tmp_path / "metadata.jsonl").write_text("".join(
+        f'{{"file_name": "{name}.png", "caption": "{name}"}}\n' for name in ("broad", "tall")))
+    settings = parse_training("", ["--weights", "w", "--data", str(tmp_path), "--bucket-step", "16",
+                                   "--device", "cpu"], ("common",))
+    data = load_latents(settings.common, settings.weights, base)
+    assert data.captions == ["broad", "tall"]
+    for latents, pixels in zip(data.images, (sheet, sheet.transpose(1, 0, 2))):
+        height, width = (side // 3 * 2 for side in pixels.shape[:2])                  # 64 x 32
+        small = np.array(Image.fromarray(pixels).resize((width, height), Image.LANCZOS))
+        assert latents.shape == (4, height // 8, width // 8)
+        with torch.no_grad():
+            torch.testing.assert_close(latents, base.latents.encode(to_tensor(small[None]))[0])
 
 
 def test_a_batch_has_one_shape():

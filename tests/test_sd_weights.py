@@ -369,6 +369,14 @@ def test_inpainting_single_file_and_missing_tokenizer(saved, tmp_path):
     assert [t.pad for t in got.tokenizers] == {
         "sd1": [len(got.tokenizers[0].vocabulary) - 1], "sd2": [0],
         "sdxl": [len(got.tokenizers[0].vocabulary) - 1, 0]}[kind]
+    names = (folder / "tokenizer" / "merges.txt").read_text(encoding="utf-8").splitlines()
+    (tmp_path / "merges.txt").write_text("\n".join(names[:-5]), encoding="utf-8")
+    words = f"merges.txt: its merges make {len(got.tokenizers[0].vocabulary) - 5} tokens, and text"
+    with pytest.raises(WeightsError, match=f"{words} encoder 1 knows .* the file is cut off"):
+        load_parts(tmp_path / "plain.safetensors", config=bare, tokenizer=tmp_path / "merges.txt")
+    (tmp_path / "merges.txt").write_text("\n".join([*names, "b b"]), encoding="utf-8")
+    with pytest.raises(WeightsError, match="has the token .*, but text encoder 1 knows only 0 to"):
+        load_parts(tmp_path / "plain.safetensors", config=bare, tokenizer=tmp_path / "merges.txt")
     state["model.diffusion_model.input_blocks.0.0.weight"] = torch.zeros(16, 9, 3, 3)
     save_file(state, tmp_path / "nine.safetensors")
     with pytest.raises(WeightsError, match="nine.safetensors, unet: in_channels = 9.*inpainting"):

@@ -27,9 +27,10 @@ from nanocpo.run.stages import ready_auxiliary, stage_2, train
 from nanocpo.sd import latents, lora, world
 from nanocpo.sd.latents import LatentPaintings, load_latents
 from nanocpo.sd.model import SDModel
+from nanocpo.sd.tokenizer import Tokenizer
 from nanocpo.sd.world import StableDiffusion, StableDiffusionPainter, open_base, with_lora
 from nanocpo.toy.paintings import from_painter
-from nanocpo.utils.checkpoint import fingerprint, load_checkpoint
+from nanocpo.utils.checkpoint import fingerprint, load_checkpoint, save_checkpoint
 
 # of train_cpo.py only
 ALIGN = ["--lr", "0.5", "--steps", "2", "--samples", "0", "--sampling-steps", "1"]
@@ -384,6 +385,17 @@ def test_the_record_tells_zero_terminal_snr(opened, tmp_path):
     assert (told(False), told(True)) == ("v", "v with zero-terminal SNR")
 
 
+def test_the_record_tells_the_tokenizer_of_a_flag(opened, tmp_path):
+    def told(tokenizer, *flags):
+        opened[1].backbone.parts.tokenizers = [tokenizer]
+        flags = ["--weights", "unused", "--device", "cpu", "--out", str(tmp_path), *flags]
+        return StableDiffusion(parse_training("", flags, ("common",))).sources().get("tokenizer")
+    merges = sd_tiny.train_merges()
+    made = [told(Tokenizer(*asked), "--tokenizer", "t") for asked in (
+        (merges,), (merges,), (merges[:-1],), (merges[::-1],), (merges, None, "!"))]
+    assert made[0] == made[1] and len(set(made)) == 4 and told(Tokenizer(merges)) is None
+
+
 def test_each_part_of_the_data_has_its_use(opened, tmp_path, monkeypatch):
     """Sixteen of the twenty pictures train the auxiliary and the target; the report's log is of the
     four that are held out, taken once."""
@@ -450,3 +462,20 @@ def test_an_auxiliary_without_its_checkpoint_is_used(opened, tmp_path, capsys):
     assert (path.read_bytes() == before and not path.with_suffix(".pt").exists()
             and (tmp_path / "target.safetensors").is_file())
     assert f"{path}: used as it is; delete it to train another" in capsys.readouterr().out
+
+
+def test_a_half_finished_run_is_not_taken_for_the_one_before(opened, tmp_path, capsys):
+    """The files beside a checkpoint that stopped are of an earlier run: the auxiliary is trained
+    anew, and who paints with one is told."""
+    flags = [*STAGE_2, "--out", str(tmp_path), "--samples", "0"]
+    train_cpo.main(flags)
+    path = tmp_path / "auxiliary.pt"
+    before = path.with_suffix(".safetensors").read_bytes()
+    save_checkpoint(path, load_checkpoint(path) | {"step": 0})
+    capsys.readouterr()
+    world.with_lora(opened[1], path.with_suffix(".safetensors"))
+    assert f"{path.with_suffix('.safetensors')} is of an earlier run" in capsys.readouterr().out
+    train_cpo.main([*flags, "--sft-lr", "0.1"])
+    assert f"{path} stopped at step 0 of 1; it is trained anew" in capsys.readouterr().out
+    assert path.with_suffix(".safetensors").read_bytes() != before
+    assert load_checkpoint(path)["step"] == 1

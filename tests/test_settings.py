@@ -147,7 +147,8 @@ def test_every_field_has_a_flag_and_the_flags_give_the_defaults(capsys):
 
 @pytest.mark.parametrize("flags, words", [
     ("--name base", "name 'base'"), ("--name ./base", "no name for files"),
-    ("--name Auxiliary_guided", "is taken by"),
+    ("--name Auxiliary_guided", "is taken by"), ("--name x_kohya", "is taken by"),
+    ("--name report/x", "no name for files"), ("--name rows", "is taken by"),
     ("--strength 1", "'constant' needs less than 1"),
     ("--method esd --strength 2", "'constant' needs less than 1"),
     ("--method esd --stabilizer none --strength 1", "'constant' needs less than 1"),

@@ -489,6 +489,27 @@ def test_interval_over_seeds_by_hand():
             and study.over_seeds([5.0]) == (5.0, 0.0))
 
 
+# of Student's t with 1 to 9 degrees of freedom: 2.5 % lie above
+@pytest.mark.parametrize("count, quantile", [*enumerate(
+    (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262), 2)])
+def test_quantiles_of_student_s_t(count, quantile):
+    values = np.arange(count) * 1.5
+    mean, half = study.over_seeds(list(values))
+    assert mean == pytest.approx(values.mean())
+    spread = (((values - values.mean()) ** 2).sum() / (count - 1)) ** 0.5
+    assert half / (spread / count ** 0.5) == pytest.approx(quantile, abs=0.006)
+
+
+def test_times_fewer_steps_by_hand():
+    """A run of 10 steps against one of 60: six times fewer; of two vanillas the faster counts."""
+    assert study.steps_cell([10.0], [[60.0]]) == "10 (6.0x)"
+    assert study.steps_cell([10.0], [[90.0], [45.0]]) == "10 (4.5x)"
+    assert study.steps_cell([30.0], [[15.0]]) == "30 (0.5x)"
+    assert study.steps_cell([10.0, 20.0], [[None, 60.0], [30.0, 60.0]]) == "15 ± 64 (3.0x)"
+    assert study.steps_cell([10.0], [[None]]) == "10" == study.steps_cell([10.0], [])
+    assert study.steps_cell([10.0, None, None], [[60.0]]) == "not in 2 of 3 seeds"
+
+
 def test_choice_of_a_setting():
     """The fewest negatives among those that keep the caption; a broken model with fewer still does
     not win. Where #A_neg does not decide, the Fréchet distance does."""

@@ -203,6 +203,49 @@ def test_gradient_is_clipped_and_a_broken_one_stops_the_run(tmp_path):
             fit(tiny_model(), scaled(float("nan")), Recipe(3, 1e-3), path, name="x")
 
 
+def test_gradients_are_clipped_before_the_step_and_not_after_it(tmp_path):
+    """AdamW's first mean is a tenth of the gradient that it was given."""
+    def strong(model, generator):
+        loss, logs, t = denoise(model, generator)
+        return loss * 1e3, logs, t
+    fit(tiny_model(), strong, Recipe(1, 1e-3, muon=False, clip=0.5), tmp_path / "x.pt", name="x")
+    state = load_checkpoint(tmp_path / "x.pt")["optimizer"]["state"].values()
+    given = torch.cat([one["mean"].flatten() for one in state]).norm().item()
+    assert given == pytest.approx(0.1 * 0.5, rel=1e-3)
+
+
+def test_bf16_runs_the_models_in_bfloat16(tmp_path):
+    def train(bf16):
+        seen = []
+
+        def step(model, generator):
+            hook = model.unet.conv_in.register_forward_hook(
+                lambda module, inputs, output: seen.append(output.dtype))
+            loss, logs, t = denoise(model, generator)
+            hook.remove()
+            return loss, logs, t
+        model, _ = fit(tiny_model(), step, Recipe(2, 1e-3), tmp_path / "x.pt", name="x", bf16=bf16)
+        assert {p.dtype for p in model.parameters()} == {torch.float32}
+        return set(seen), model.digest()
+    (wide, first), (half, second), (_, again) = train(False), train(True), train(True)
+    assert (wide, half) == ({torch.float32}, {torch.bfloat16}) and second == again != first
+
+
+def test_auxiliary_and_target_start_as_the_base_and_are_not_it(tmp_path, monkeypatch):
+    begun = {}
+    monkeypatch.setattr(stages, "fit", lambda model, *rest, name, **named: (
+        begun.update({name: model}) or (model.frozen_copy(), {})))
+    world = Toy(settings_of("--out", str(tmp_path)), DATA)
+    base, auxiliary = tiny_model(3).frozen_copy(), tiny_model(4).frozen_copy()
+    stages.ready_auxiliary(world, base)
+    monkeypatch.setattr(stages, "alignment_step", lambda *arguments: None)
+    stage_2(world, base, auxiliary)
+    assert list(begun) == ["auxiliary", "target"]
+    for model in begun.values():
+        assert same(model, base) and model is not base
+        assert all(p.requires_grad for p in model.parameters())
+
+
 def test_a_diverging_run_names_the_step_though_numbers_are_read_later(tmp_path):
     """The log is written every 20 steps; the gradient is broken in step 27."""
     calls = []

@@ -3,7 +3,6 @@ nanocpo/propose.py writes it, the page of annotate.py shows it; training never r
 
 A teacher proposes here what it will be taught: confirm what you see, not what it says.
 """
-import json
 from pathlib import Path
 from typing import Protocol
 
@@ -13,6 +12,7 @@ from ..criteria import Criteria
 from ..data import Paintings
 from ..model import Model
 from ..utils.checkpoint import save_json
+from ..utils.files import parse, read_text
 from .expert import agreement, calibrate, held_out, in_context, told
 from .reading import DataError
 
@@ -83,10 +83,10 @@ def read(folder, criteria):
     """FOLDER/proposals.json -> ({file name: {leaf name: [side, how sure]}}, what to tell of them);
     ({}, "") where there is none. Raises DataError with the cure."""
     path, found = Path(folder) / FILE, {}
-    if not path.is_file():
+    if not path.exists():
         return found, ""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = parse(read_text(path))
         for row in content["rows"]:
             states = criteria.annotation(row["positive"], row["negative"])
             here = {leaf.name: [int(state), row["sure"][leaf.name]]
@@ -95,6 +95,6 @@ def read(folder, criteria):
                 raise ValueError(f"{row['file_name']}: how sure is a share from 0 to 1")
             found[row["file_name"]] = here
         return found, told(content["agreement"])
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, OSError) as error:
         raise DataError(f"{path}: these are no proposals for this tree ({error}); delete the file, "
                         "or have nanocpo.propose write it again") from error

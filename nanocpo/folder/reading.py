@@ -6,7 +6,7 @@ It holds pictures and a metadata.jsonl with one line a picture (the imagefolder 
 and, if the tree is not the embedded one, criteria.json. To see one:
     python -m nanocpo.toy.export --out paintings --count 1000
 """
-import json
+import os
 import unicodedata
 from contextlib import suppress
 from difflib import get_close_matches
@@ -18,6 +18,7 @@ from PIL import Image, ImageCms, ImageOps
 
 from ..criteria import Criteria, CriteriaError
 from ..data import Paintings
+from ..utils.files import NotAFile, members, ordinary, parse, read_text
 
 
 class DataError(ValueError):
@@ -45,7 +46,7 @@ def folder_criteria(folder, tree=None):
 
 def lines(listing):
     """metadata.jsonl -> [(number, bytes of the line)]. Raises DataError if it is not UTF-8."""
-    content = listing.read_bytes()
+    content = ordinary(listing).read_bytes()
     if content[:2] in (b"\xff\xfe", b"\xfe\xff"):
         raise DataError(f"{listing}: is UTF-16; save it as UTF-8")
     content = content.removeprefix(b"\xef\xbb\xbf")
@@ -62,17 +63,28 @@ def find_picture(folder, name):
     return folder / name
 
 
-def caption_of(row, path):
-    """The caption of a line {key: value}: under `caption`, or `text` as other programs write it, or
-    in the .txt beside the picture; "" if it has none. Raises DataError if two keys differ."""
-    said = {row[key].strip() for key in ("caption", "text")
-            if isinstance(row.get(key), str) and row[key].strip()}
-    if len(said) > 1:
+def said(row):
+    """The caption in a line {key: value}: under `caption`, or `text` as other programs write it; ""
+    if it has none. Raises DataError if two keys differ, or one holds no text."""
+    for key in ("caption", "text"):
+        if not isinstance(row.get(key), (str, type(None))):
+            raise DataError(f"'{key}' is no string ({row[key]!r:.60}); write it in quotes")
+    found = {row[key].strip() for key in ("caption", "text") if (row.get(key) or "").strip()}
+    if len(found) > 1:
         raise DataError("'caption' and 'text' are different; leave one of them out")
-    beside = path.with_suffix(".txt")
-    with suppress(OSError, ValueError):
-        said = said or {beside.read_text(encoding="utf-8-sig").strip()}
-    return said.pop() if said else ""
+    return found.pop() if found else ""
+
+
+def caption_of(row, path):
+    """The caption that a line says, or else the .txt beside the picture `path`; "" if there is
+    none. Raises DataError where one cannot be read."""
+    beside, caption = path.parent / f"{path.stem}.txt", said(row)
+    if caption or not beside.exists():
+        return caption
+    try:
+        return read_text(beside).strip()
+    except (OSError, ValueError) as error:
+        raise DataError(f"the caption beside the picture: {error}") from error
 
 
 def read_folder(folder, criteria, picture, skip_bad, rows=None):
@@ -82,7 +94,7 @@ def read_folder(folder, criteria, picture, skip_bad, rows=None):
     if rows is not None:
         return criteria, [(picture(folder / name), *told) for name, *told in rows], 0
     listing = folder / "metadata.jsonl"
-    if not listing.is_file():
+    if not listing.exists():
         raise DataError(f"{listing}: not found; write one JSON line a picture: file_name, caption, "
                         f"positive, negative; or judge them in the browser: python -m nanocpo."
                         f"folder.annotate {folder} (it takes captions from .txt files and "
@@ -91,7 +103,10 @@ def read_folder(folder, criteria, picture, skip_bad, rows=None):
     rows, skipped, seen = [], 0, {}
     for number, line in lines(listing):
         try:
-            path, caption, annotation = _read_line(folder, line, criteria)
+            path, caption, annotation, _ = read_line(folder, line, criteria)
+            if not caption:
+                raise DataError("'caption' is missing or empty; give it as a string, or as "
+                                f"{path.stem}.txt beside the picture")
             if path.resolve() in seen:
                 raise DataError(f"{path.name} has line {seen[path.resolve()]} already; keep one of "
                                 "the two")
@@ -114,7 +129,7 @@ def open_picture(path, shape):
     """A picture file -> RGB, resized and cut around its middle to shape((width, height)) of the
     upright original. Raises DataError."""
     try:
-        with Image.open(path) as image:
+        with Image.open(ordinary(path)) as image:
             if image.mode[0] in "IF":       # Pillow would clip 16 and 32 bits to white
                 raise ValueError(f"mode {image.mode} has more than 8 bits a channel")
             profile = image.info.get("icc_profile")
@@ -133,6 +148,9 @@ def open_picture(path, shape):
             return ImageOps.fit(image.convert("RGB"), shape(image.size), Image.Resampling.LANCZOS)
     except FileNotFoundError as error:
         raise DataError(f"{path} does not exist; correct file_name or add the picture") from error
+    except (NotAFile, PermissionError) as error:      # not the picture's fault
+        raise DataError(f"{path} cannot be read as a picture ({error.strerror or error}); name "
+                        "another, or change what may be read") from error
     except Image.DecompressionBombError as error:
         raise DataError(f"{path} is too large ({error}); save a smaller copy") from error
     except Exception as error:              # a damaged file can raise nearly anything in Pillow
@@ -140,12 +158,19 @@ def open_picture(path, shape):
                         "PNG or JPEG") from error
 
 
-def _read_line(folder, line, criteria):
-    """One line of metadata.jsonl -> path of the picture, caption, annotation."""
+def read_line(folder, line, criteria):
+    """One line of metadata.jsonl (bytes) -> path of its picture in the folder, caption ("" if there
+    is none), annotation, {key: JSON text} of the keys that are not ours. Raises DataError,
+    CriteriaError."""
     try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"not JSON ({error}); each line is one object") from error
+        text = line.decode()
+        row = parse(text)
+    except UnicodeDecodeError as error:
+        raise DataError(f"not JSON (byte {error.start + 1} is not UTF-8); save it as UTF-8"
+                        ) from error
+    except ValueError as error:
+        what = "; each line is one object" if str(error).startswith("not JSON") else ""
+        raise DataError(f"{error}{what}") from error
     if not isinstance(row, dict):
         raise DataError("not a JSON object; write {\"file_name\": ..., \"caption\": ..., "
                         "\"positive\": [...], \"negative\": [...]}")
@@ -159,12 +184,10 @@ def _read_line(folder, line, criteria):
     path = find_picture(folder, row["file_name"])
     try:
         path.resolve().relative_to(folder.resolve())
-    # outside; a null byte, half a surrogate pair, a loop of links
+    # outside; a null byte, a loop of links
     except (OSError, ValueError, RuntimeError) as error:
         raise DataError(f"{row['file_name']!r} is no file of this folder ({error}); correct it or "
                         "move the picture there") from error
-    caption = caption_of(row, path)
-    if not caption:
-        raise DataError("'caption' is missing or empty; give it as a string, or as "
-                        f"{Path(row['file_name']).with_suffix('.txt')} beside the picture")
-    return path, caption, annotation
+    ours = ("file_name", "caption", "text", "positive", "negative")
+    others = {key: raw for key, (_, raw) in members(text).items() if key not in ours}
+    return Path(os.path.normpath(path)), caption_of(row, path), annotation, others

@@ -45,7 +45,7 @@ def _parser(description, argv, toy, stable_diffusion):
     """(parser, argv) with the flags of the parts `toy`, or with --weights of `stable_diffusion`;
     only then the flags of Stable Diffusion are shown."""
     argv = sys.argv[1:] if argv is None else argv
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first = Parser(add_help=False, allow_abbrev=False)
     first.add_argument("--weights")
     weights = first.parse_known_args(argv)[0].weights
     parser = Parser(description=description.split("\n")[0], allow_abbrev=False,

@@ -13,12 +13,12 @@ from pathlib import Path
 from ..diffusion import PREDICTIONS
 from ..folder.expert import ROUNDS
 from ..losses import RULES
-from ..utils.cli import SEED, above, not_empty, number
+from ..utils.cli import SEED, above, encodable, not_empty, number, phrase
 from ..utils.device import pick_device
 
 METHODS = ("cpo", "esd", "dpo", "sft")
 TEACHES = ("cpo", "esd")            # those in which the auxiliary teaches
-NO_FILE_NAME = r"base|auxiliary(_\w+)?|rows"        # taken by stage 1, the report
+NO_FILE_NAME = r"base|auxiliary(_\w+)?|rows|.*_kohya"   # taken by stage 1, the report, adapters
 
 
 def setting(default, help, *, decides=True, more=False, **argument):
@@ -31,11 +31,9 @@ def setting(default, help, *, decides=True, more=False, **argument):
 @dataclass(frozen=True)
 class Common:
     """What all stages share. Data and models have digests, so their names decide nothing."""
-    out: str = setting("out", "folder for everything that is written", decides=False,
-                       type=not_empty)
+    out: str = setting("out", "folder for everything that is written", decides=False)
     data: str = setting("flawed", "flawed or mixed (painted on the fly, see nanocpo/toy/"
-                        "paintings.py), or a folder with metadata.jsonl", decides=False,
-                        type=not_empty)
+                        "paintings.py), or a folder with metadata.jsonl", decides=False)
     tree: str | None = setting(None, "criteria as JSON; default: criteria.json in the folder, else "
                                "nanocpo/toy/paintings.json", decides=False)
     count: int = setting(10000, "number of pictures to paint; 80 %% of them train", type=above(0))
@@ -102,7 +100,7 @@ class CPO:
                          "bad; all: every leaf",
                          choices=["own", "completed", "opposite", "all"])
     criteria: list | None = setting(None, "align on these branches of the tree only, by name or "
-                                    "path", nargs="+", type=not_empty)
+                                    "path", nargs="+")
     # a target that follows its goal sees such pictures and no flawed ones
     paint: int | None = setting(None, "pictures to train on that the auxiliary paints anew, good "
                                 "in what is aligned and else as annotated, instead of the data "
@@ -151,8 +149,8 @@ class CPO:
         """Raises ValueError on values that do not go together."""
         if not re.fullmatch(r"[\w.-]{1,99}", self.name) or re.fullmatch(NO_FILE_NAME,
                                                                         self.name.lower()):
-            raise ValueError(f"--name '{self.name}' is no name for files, or is taken by stage 1 "
-                             "and the report; choose another")
+            raise ValueError(f"--name '{self.name}' is no name for files, or is taken by stage 1, "
+                             "the report or an adapter's second file; choose another")
         here = self.filled()
         if here.stabilizer == "noisy" and here.strength <= 0:
             raise ValueError(f"--strength {here.strength:g}: 'noisy' ends at the reference + s "
@@ -275,16 +273,17 @@ STABLE_DIFFUSION = TOY.changed(
 class Sampling:
     """sample.py: what to paint, and how."""
     checkpoint: str = setting("out/target.pt", "the toy's model")
-    caption: list | None = setting(None, "captions; default: all that the model knows", nargs="+")
+    caption: list | None = setting(None, "captions; default: all that the model knows", nargs="+",
+                                   type=encodable)  # the empty one is a caption too
     positive: list = setting((), "attributes to list as good: phrases, leaf names, or all",
-                             nargs="+")
+                             nargs="+", type=phrase)
     negative: list = setting((), "attributes to list as bad; with guidance, to move away from",
-                             nargs="+")
+                             nargs="+", type=phrase)
     guidance: float = setting(1.0, "1: none (with --weights also less)", type=number())
     axis: list = setting((), "a knob for each branch, NAME=SCALE: how far to push it from bad to "
                          "good beside the prompt (0: not at all; below 0: the other way). NAME is "
                          "a branch or leaf of the tree; with --weights good phrase / bad phrase",
-                         nargs="+")
+                         nargs="+", type=phrase)
     count: int = setting(4, "pictures for each caption", type=above(0))
     steps: int = setting(12, "sampling steps", type=above(0))
     eta: float = setting(0.0, "0: DDIM; 1: as much noise as DDPM",
@@ -295,13 +294,13 @@ class Sampling:
     height: int | None = setting(None, "the same", type=above(0))
     judge: bool = setting(False, "write the critic's verdict under each picture")
     device: str = setting("auto", "auto, cpu, cuda, mps", type=pick_device)
-    out: str = setting("samples.png", "the grid; with --weights the pictures lie beside it",
-                       type=not_empty)
+    out: str = setting("samples.png", "the grid; with --weights the pictures lie beside it")
 
     def check(self):
         """Raises ValueError on what could not be written, before anything is painted."""
         file = Path(self.out)
-        if file.is_dir() or file.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
+        if (file.exists() and not file.is_file()
+                or file.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp")):
             raise ValueError(f"--out {self.out}: name the picture of the grid, for example "
                              f"{(file if file.is_dir() else file.parent) / 'samples.png'}")
 

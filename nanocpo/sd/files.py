@@ -1,6 +1,5 @@
 """Reading the files of public weights: tensors, shards and settings. Nothing in a file is
 ever executed."""
-import json
 import pickle
 import re
 import zipfile
@@ -9,6 +8,7 @@ from pathlib import Path
 import torch
 
 from ..utils import ranks
+from ..utils.files import ordinary, parse, read_text
 
 
 class WeightsError(ValueError):
@@ -34,7 +34,7 @@ def safetensors():
 def read_json(path):
     """A JSON file's object. Raises WeightsError that names it."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = parse(read_text(path, "utf-8"))
         if not isinstance(content, dict):
             raise ValueError("not an object")
         return content
@@ -46,9 +46,10 @@ def read_json(path):
 def read_tensors(path):
     """One .safetensors, .bin or .ckpt file -> {name: tensor}."""
     path = Path(path)
-    if not path.is_file():
-        raise WeightsError(f"{path}: not found"
-                           + ("; a folder, not one file" if path.is_dir() else ""))
+    try:
+        ordinary(path)
+    except FileNotFoundError as error:
+        raise WeightsError(f"{path}: not found") from error
     with open(path, "rb") as file:          # what it is, whatever it is called
         head = file.read(9)
     safe = head[8:] == b"{" and int.from_bytes(head[:8], "little") < path.stat().st_size
@@ -76,6 +77,8 @@ def read_tensors(path):
             content = torch.load(path, map_location="cpu", weights_only=True,
                                  mmap=zipfile.is_zipfile(path))
         content = content.get("state_dict", content)
+        return {name: value for name, value in content.items()
+                if torch.is_tensor(value) and isinstance(name, str)}
     except pickle.UnpicklingError as error:
         # torch's own advice is to load it unsafely
         other = re.search(r"GLOBAL ([\w.]+)", str(error))
@@ -86,7 +89,6 @@ def read_tensors(path):
     except Exception as error:
         raise WeightsError(f"{path}: not a checkpoint, or cut off ({error}); "
                            "download it again") from error
-    return {name: value for name, value in content.items() if torch.is_tensor(value)}
 
 
 def read_part(folder, variant=None):

@@ -17,6 +17,7 @@ from torch import nn
 
 from ..losses import at_least_float32
 from ..utils.checkpoint import atomic_write
+from ..utils.files import parse
 from .files import WeightsError, read_json, read_tensors, safetensors
 from .names import attention_name, unet_name
 
@@ -155,11 +156,14 @@ def named(text):
         path, strength = Path(file or "?"), float(strength)
     except ValueError:
         path, strength = Path(text), 1.0
+    if not math.isfinite(strength):
+        raise WeightsError(f"--lora {text}: the strength is not finite; write FILE:STRENGTH, for "
+                           "example FILE:0.8")
     if path.is_dir():
         inside = sorted(path.glob("*.safetensors"))
         raise WeightsError(f"--lora {path}: a folder; name the file in it"
                            + (f", for example {inside[0]}" if inside else ""))
-    if not path.is_file():
+    if not path.exists():
         raise WeightsError(f"--lora {path}: not found; it is a file that you have, for nothing is "
                            "downloaded")
     if path.suffix in (".pt", ".pth", ".ckpt"):
@@ -246,34 +250,43 @@ def _settings(path, state):
     peft's LoraConfig}."""
     if any(key.startswith("base_model.model.") for key in state):
         beside = path.with_name("adapter_config.json")
-        if not beside.is_file():
+        if not beside.exists():
             raise WeightsError(f"{path}: peft keeps this adapter's alpha in {beside.name} beside "
                                "it; that file is missing")
         return {"unet": read_json(beside)}
     settings = {}
     if path.suffix == ".safetensors":
         with safetensors().safe_open(path, "pt") as file:
-            for key, value in json.loads(
-                    (file.metadata() or {}).get("lora_adapter_metadata", "{}")).items():
-                part, _, name = key.partition(".")
-                settings.setdefault(part, {})[name] = value
+            text = (file.metadata() or {}).get("lora_adapter_metadata", "{}")
+            try:
+                for key, value in parse(text).items():
+                    part, _, name = key.partition(".")
+                    settings.setdefault(part, {})[name] = value
+            except (ValueError, AttributeError) as error:
+                raise WeightsError(f"{path}: its lora_adapter_metadata cannot be read ({error})"
+                                   ) from error
     return settings
 
 
 def _fold(where, name, shape, pieces, settings):
     """A, B and alpha of the layer `name` -> (A, scale * B) float32. Without any alpha the scale is
     1, as all readers take it."""
-    rank = len(pieces.get("A", ()))
-    if any(key not in pieces or pieces[key].shape != size
+    rank = pieces["A"].shape[0] if pieces.get("A", torch.ones(())).dim() else 0
+    if rank < 1 or any(key not in pieces or pieces[key].shape != size
            for key, size in (("A", (rank, shape[1])), ("B", (shape[0], rank)))):
         shapes = ", ".join(f"{key} {tuple(x.shape)}" for key, x in pieces.items())
         raise WeightsError(f"{where} {tuple(shape)} is incomplete or of another shape: {shapes}")
     if settings.get("use_dora"):
         raise WeightsError(f"{where} is a DoRA: not supported")
-    pattern = next((v for k, v in (settings.get("alpha_pattern") or {}).items()
-                    if re.match(rf"(.*\.)?({k})$", name)), None)
-    alpha = (pieces["alpha"].item() if "alpha" in pieces
-             else pattern or settings.get("lora_alpha") or rank)
-    return (pieces["A"].float(),
-            pieces["B"].float()
-            * (alpha / (math.sqrt(rank) if settings.get("use_rslora") else rank)))
+    try:
+        pattern = next((v for k, v in (settings.get("alpha_pattern") or {}).items()
+                        if re.match(rf"(.*\.)?({k})$", name)), None)
+        alpha = float(pieces["alpha"].item() if "alpha" in pieces
+                      else pattern or settings.get("lora_alpha") or rank)
+    except (ValueError, TypeError, AttributeError, RuntimeError, re.error) as error:
+        raise WeightsError(f"{where}: its alpha cannot be read ({error})") from error
+    folded = (pieces["A"].float(), pieces["B"].float()
+              * (alpha / (math.sqrt(rank) if settings.get("use_rslora") else rank)))
+    if not all(x.isfinite().all() for x in folded):
+        raise WeightsError(f"{where} is not finite; train it again, or take another file")
+    return folded

@@ -18,6 +18,7 @@ from ..losses import at_least_float32
 from ..model import Model
 from ..utils.checkpoint import fingerprint, save_checkpoint
 from ..utils.device import send
+from ..utils.files import ordinary
 from .lora import LoRA
 
 
@@ -28,7 +29,7 @@ def cached(folder, key, make):
         return make()
     path = Path(folder) / f"{hashlib.sha256(key.encode()).hexdigest()}.pt"
     try:
-        return torch.load(path, weights_only=True)
+        return torch.load(ordinary(path), weights_only=True)
     except Exception:                                             # not there, or damaged
         value = make()
         save_checkpoint(path, value)

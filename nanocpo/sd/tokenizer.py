@@ -4,11 +4,13 @@ merges.txt (and vocab.json).
 Text -> NFC, lower case -> words -> bytes -> merged pairs -> [BOS] ids [EOS] padding. It agrees with
 the tokenizers library but for code points that the running Python's Unicode tables do not know yet.
 """
+import hashlib
 import re
 import unicodedata
 from functools import lru_cache
 from pathlib import Path
 
+from ..utils.files import read_text
 from .files import WeightsError, read_json
 
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
@@ -56,6 +58,7 @@ class Tokenizer:
         {"content", "id", and perhaps "normalized": found in the text as it is looked up (else as
         it is written), "single_word"}."""
         self.letters = byte_letters()
+        self.derived = vocabulary is None
         if vocabulary is None:
             tokens = [*self.letters.values(), *(c + "</w>" for c in self.letters.values()),
                       *map("".join, merges), BOS, EOS]
@@ -87,7 +90,7 @@ class Tokenizer:
         path = Path(path)
         folder = path if path.is_dir() else path.parent
         files = [folder / "merges.txt", folder / "tokenizer.json"] if path.is_dir() else [path]
-        path = next((file for file in files if file.is_file()), None)
+        path = next((file for file in files if file.exists()), None)
         if path is None:
             raise WeightsError(f"no tokenizer in {' or '.join(map(str, files))}; give --tokenizer, "
                                "a folder with merges.txt or tokenizer.json (any repository of "
@@ -100,7 +103,7 @@ class Tokenizer:
                 listed = content.get("added_tokens", [])
                 merges = [pair.split(" ") if isinstance(pair, str) else pair for pair in merges]
             else:
-                lines = path.read_text(encoding="utf-8").split("\n")
+                lines = read_text(path, "utf-8").split("\n")
                 # a merge may begin with # too
                 lines = lines[1:] if lines[0].startswith("#version") else lines
                 merges = [line.split(" ") for line in lines if line.strip()]
@@ -121,14 +124,33 @@ class Tokenizer:
                 raise ValueError("do_lower_case = False is not supported")
             if any(len(pair) != 2 for pair in merges):
                 raise ValueError("a merge is two tokens with a space between")
+            if not merges:
+                raise ValueError("there is no merge in it")
+            numbers = [*(vocabulary or {}).values(), *(token["id"] for token in added.values())]
+            wrong = [number for number in numbers if type(number) is not int or number < 0]
+            if wrong:
+                raise ValueError(f"the id {wrong[0]!r} is no whole number from 0 on")
+            made = {"".join(pair) for pair in merges} | added.keys()
+            lost = [token for token in vocabulary or () if token not in made
+                    and len(token.removesuffix("</w>")) > 1 and not re.match("<.*>$", token)]
+            if lost:
+                raise ValueError(f"{len(lost)} tokens of its vocabulary are made by no merge, for "
+                                 f"example '{lost[0]}'; a file of it is cut off")
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise WeightsError(f"{path}: cannot be read as a tokenizer "
                                f"({type(error).__name__}: {error})") from error
         for name in ("special_tokens_map.json", "tokenizer_config.json"):  # the first has the say
             if pad is None and (folder / name).is_file():
                 pad = read_json(folder / name).get("pad_token")
-                pad = pad["content"] if isinstance(pad, dict) else pad
+                pad = pad.get("content") if isinstance(pad, dict) else pad
+                if not isinstance(pad, (str, type(None))):
+                    raise WeightsError(f"{folder / name}: the pad_token {pad!r} is no string")
         return cls(merges, vocabulary, pad or EOS, added=added.values())
+
+    def digest(self):
+        """A hash of it: when it is the same, so are the ids of any text."""
+        said = self.vocabulary, list(self.rank), self.ids, self.pad, self.length
+        return hashlib.sha256(repr(said).encode()).hexdigest()
 
     def _word_ids(self, word):
         """One word -> its ids: the pair of lowest rank is merged, wherever it stands, until no

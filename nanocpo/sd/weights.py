@@ -3,6 +3,7 @@
 Models are built on the meta device and take the file's tensors as they are: no time for an
 initialisation, no second copy in memory.
 """
+import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,7 +68,8 @@ CLIP_ONLY = {"hidden_act": ("quick_gelu", "gelu"), "layer_norm_eps": (1e-5,),
 DIFFUSION = {"beta_schedule": "linear", "beta_start": 0.0001, "beta_end": 0.02}
 DIFFUSION_ONLY = {"beta_schedule": ("scaled_linear",), "beta_start": (0.00085,),
                   "beta_end": (0.012,), "num_train_timesteps": (1000,),
-                  "prediction_type": ("epsilon", "v_prediction"), "trained_betas": (None,)}
+                  "prediction_type": ("epsilon", "v_prediction"), "trained_betas": (None,),
+                  "rescale_betas_zero_snr": (None, False, True)}
 # the samplers that are built: their defaults, and what of them is. Training asks no sampler.
 SAMPLERS = {
     "DDIMScheduler": ({"timestep_spacing": "leading", "set_alpha_to_one": True},
@@ -97,11 +99,14 @@ def check(config, known, only, where):
 
 
 def check_numbers(config, keys, where):
-    """Refuse by name what is no whole number above 0 and has to be."""
+    """Refuse by name what is no whole number above 0, or a tuple of such, and has to be; and what
+    is more than any model has: building it would fill the memory."""
     for key in keys:
-        if key in config and (type(config[key]) is not int or config[key] < 1):
-            raise WeightsError(f"{where}: {key} = {config[key]!r} is not supported; only a whole "
-                               "number above 0 is")
+        value, most = config.get(key, 1), 100 if "layers" in key else 10 ** 6
+        numbers = value if isinstance(value, tuple) else [value]
+        if not numbers or not all(type(n) is int and 0 < n <= most for n in numbers):
+            raise WeightsError(f"{where}: {key} = {value!r} is not supported; only a whole number "
+                               f"above 0 and at most {most} is")
 
 
 def unet_config(config, where="unet"):
@@ -121,13 +126,17 @@ def unet_config(config, where="unet"):
     layers, width = get("layers_per_block"), get("cross_attention_dim")
     if isinstance(width, (list, tuple)) and len(set(width)) == 1:
         width = width[0]                    # one for each level, and all the same
-    check_numbers({"norm_num_groups": get("norm_num_groups"), "cross_attention_dim": width},
-                  ("norm_num_groups", "cross_attention_dim"), where)
     if (not all(isinstance(n, int) for n in (layers, *blocks, *heads, *channels))
             or not len(channels) == len(down) == len(heads) == len(blocks)):
         raise WeightsError(f"{where}: its lists do not have one number for each of "
                            f"{len(channels)} levels")
     pooled = bool(get("addition_embed_type"))
+    numbers = {"norm_num_groups": get("norm_num_groups"), "cross_attention_dim": width,
+               "block_out_channels": channels, "attention_head_dim": heads,
+               "layers_per_block": layers, "transformer_layers_per_block": blocks}
+    numbers |= {key: get(key) for key in ("addition_time_embed_dim",
+                                          "projection_class_embeddings_input_dim") if pooled}
+    check_numbers(numbers, numbers, where)
     return UNetConfig(in_channels=4, out_channels=4, channels=channels, layers=layers, heads=heads,
                       mid_depth=blocks[-1],
                       depth=tuple(n if kind.startswith("Cross") else 0
@@ -141,7 +150,13 @@ def vae_config(config, where="vae"):
     """diffusers' vae/config.json -> VAEConfig."""
     check(config, (*VAE_NAMES, "sample_size", "force_upcast", "down_block_types", "up_block_types"),
           VAE_ONLY, where)
-    check_numbers(config, ("layers_per_block", "norm_num_groups"), where)
+    numbers = ("layers_per_block", "norm_num_groups", "block_out_channels")
+    channels = tuple(config.get("block_out_channels", VAEConfig.channels))
+    check_numbers(config | {"block_out_channels": channels}, numbers, where)
+    scale = config.get("scaling_factor", VAEConfig.scale)
+    if type(scale) not in (int, float) or not 0 < scale < math.inf:
+        raise WeightsError(f"{where}: scaling_factor = {scale!r} is not supported; only a number "
+                           "above 0 is")
     kinds = {*config.get("down_block_types", ()), *config.get("up_block_types", ())}
     if not kinds <= {"DownEncoderBlock2D", "UpDecoderBlock2D"}:
         raise WeightsError(f"{where}: the block types {', '.join(sorted(kinds))} are not supported")
@@ -155,6 +170,7 @@ def clip_config(config, where="text_encoder"):
     config = CLIP_DEFAULTS | config
     check_numbers(config, CLIP_DEFAULTS.keys() - {"hidden_act"}, where)
     projected = config.get("architectures") == ["CLIPTextModelWithProjection"]
+    check_numbers(config, ["projection_dim"] * projected, where)
     return CLIPConfig(**{ours: config[key] for key, ours in CLIP_NAMES.items()},
                       projection=config.get("projection_dim", 512) if projected else None)
 
@@ -164,7 +180,7 @@ def diffusion_config(config, where="scheduler", xl=False):
     weights: DDIM and Euler stay what they are, in place of all others (PNDM, DPM ...) DDIM or, for
     Euler's relatives, Euler samples, and that is said."""
     name = config.get("_class_name", "DDIMScheduler")
-    if name.startswith(("LCM", "TCD", "Flow", "EDM", "CM")):
+    if not isinstance(name, str) or name.startswith(("LCM", "TCD", "Flow", "EDM", "CM")):
         raise WeightsError(f"{where}: {name} belongs to another kind of model (distilled, flow "
                            "matching or EDM): not supported")
     config = DIFFUSION | config
@@ -187,11 +203,14 @@ def diffusion_config(config, where="scheduler", xl=False):
         instead = "Euler" if name.startswith("Euler") else "DDIM"
         say(f"{where}: {name} is not built; {instead} samples in its place, at the same noise "
             "levels")
-    return Diffusion(
-        "scaled_linear", "v" if config.get("prediction_type") == "v_prediction" else "eps",
-        zero_snr=bool(config.get("rescale_betas_zero_snr")),
-        spacing="trailing" if config.get("timestep_spacing") == "trailing" else "leading",
-        fixed_stride=not name.startswith(("Euler", "DDPM")))
+    try:
+        return Diffusion(
+            "scaled_linear", "v" if config.get("prediction_type") == "v_prediction" else "eps",
+            zero_snr=bool(config.get("rescale_betas_zero_snr")),
+            spacing="trailing" if config.get("timestep_spacing") == "trailing" else "leading",
+            fixed_stride=not name.startswith(("Euler", "DDPM")))
+    except ValueError as error:
+        raise WeightsError(f"{where}: {error}") from error
 
 
 def settle(config, marked, flags, where):
@@ -260,8 +279,24 @@ def build(kind, config, state, dtype, where):
         shown = (f"{label}: {', '.join(sorted(names)[:3])}{' ...' if len(names) > 3 else ''}"
                  for label, names in faults.items() if names)
         raise WeightsError(f"{where}: weights and configuration do not fit; {'; '.join(shown)}")
-    model.load_state_dict({name: x.to(dtype) for name, x in state.items()}, assign=True)
+    state = {name: x.to(dtype) for name, x in state.items()}
+    # a sum reads each number once, and is finite only if all of them are
+    broken = [name for name, x in state.items() if not x.sum(dtype=torch.float64).isfinite()]
+    if broken:
+        raise WeightsError(f"{where}: {broken[0]} is not finite in {dtype}; download it again")
+    model.load_state_dict(state, assign=True)
     return model.eval().requires_grad_(False)
+
+
+def translated(translate, config, where):
+    """One of unet_config, vae_config, clip_config of a config.json. Raises WeightsError also where
+    it holds what no model has."""
+    try:
+        return translate(config, where)
+    except (TypeError, AttributeError, ValueError) as error:
+        if isinstance(error, WeightsError):
+            raise
+        raise WeightsError(f"{where}: no model has such a config.json ({error})") from error
 
 
 KINDS = {"unet": (UNet, unet_config), "vae": (VAE, vae_config),
@@ -339,12 +374,8 @@ def load_parts(path, config=None, tokenizer=None, variant=None, dtype=torch.floa
         if name not in states:
             continue
         where = f"--vae {vae}" if vae and name == "vae" else f"{path}, {name}"
-        try:
-            translated = translate(configs[name], where)
-        except TypeError as error:
-            raise WeightsError(f"{where}: no model has such a config.json ({error})") from error
         # half precision overflows in XL's VAE; bfloat16 does not
-        models[name] = build(kind, translated, states.pop(name),
+        models[name] = build(kind, translated(translate, configs[name], where), states.pop(name),
                              torch.float32 if name == "vae" and dtype == torch.float16 else dtype,
                              where)
     unet, vae, *encoders = models.values()
@@ -361,10 +392,15 @@ def load_parts(path, config=None, tokenizer=None, variant=None, dtype=torch.floa
         # a file alone has no settings: OpenCLIP's pads with "!", ViT-L's with the end of text
         pad = None if not tokenizer else EOS if encoder.config.activation == "quick_gelu" else "!"
         loaded = Tokenizer.load(place, pad)
-        if max(loaded.vocabulary.values()) >= encoder.config.vocabulary:
-            raise WeightsError(f"{place}: knows {len(loaded.vocabulary)} tokens, but text encoder "
-                               f"{i + 1} only {encoder.config.vocabulary}; learned words need the "
+        highest = max(loaded.vocabulary.values())
+        if highest >= encoder.config.vocabulary:
+            raise WeightsError(f"{place}: has the token {highest}, but text encoder {i + 1} knows "
+                               f"only 0 to {encoder.config.vocabulary - 1}; learned words need the "
                                "text encoder that was trained with them")
+        if loaded.derived and highest + 1 < encoder.config.vocabulary:
+            raise WeightsError(f"{place}: its merges make {highest + 1} tokens, and text encoder "
+                               f"{i + 1} knows {encoder.config.vocabulary}; the file is cut off, "
+                               "or of another model")
         end = loaded.vocabulary[EOS]
         if encoder.config.projection and encoder.config.eos not in (2, end):
             raise WeightsError(f"{path}, text_encoder_2: eos_token_id = {encoder.config.eos}, but "

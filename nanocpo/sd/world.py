@@ -4,6 +4,7 @@ for auxiliary and target, pictures as latents.
     python train_sft.py --weights sd15 --data paintings --out out_sd  # out_sd/auxiliary.safetensors
     python train_cpo.py --weights sd15 --data paintings --out out_sd  # out_sd/target.safetensors
 """
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +16,9 @@ from ..folder.expert import held_out
 from ..run.settings import knobs
 from ..run.stages import alignment_step
 from ..utils import ranks
-from ..utils.checkpoint import CURE, load_checkpoint
+from ..utils.checkpoint import CURE, is_finished, load_checkpoint, stopped
 from ..utils.device import pick_device
+from ..utils.files import read_text
 from ..utils.grid import save_grid
 from . import lora
 from .files import WeightsError
@@ -49,6 +51,7 @@ def with_lora(base, *files, merge_text=False):
     networks, loaded = {"unet": parts.unet} | dict(zip(names, parts.encoders)), []
     for path, strength in map(lora.named, files):
         pairs = lora.load(path, networks)
+        say_if_older(path)
         if not merge_text and pairs.keys() - {"unet"}:
             raise WeightsError(f"{path}: it adapts the text encoder too, which all models share in "
                                "training; give one for the UNet alone")
@@ -59,12 +62,22 @@ def with_lora(base, *files, merge_text=False):
     return SDModel(base.backbone, adapter).eval().requires_grad_(False)
 
 
+def say_if_older(path):
+    """Say so where an adapter's file is of an earlier run than the checkpoint beside it."""
+    beside, content = path.with_suffix(".pt"), {}
+    if beside.is_file():
+        with suppress(ValueError):              # another program's
+            content = load_checkpoint(beside)
+    if not is_finished(content):
+        print(f"{path} is of an earlier run: {beside.name} stopped at step {content['step']} of "
+              f"{content['steps']}")
+
+
 def read_prompts(path):
     """A file with a prompt a line -> [prompts]. Raises ValueError where there is none."""
     try:
-        prompts = [line.strip() for line in
-                   Path(path).read_text(encoding="utf-8-sig").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
+        prompts = [line.strip() for line in read_text(path).splitlines() if line.strip()]
+    except (OSError, ValueError) as error:
         raise ValueError(f"--prompts {path}: cannot be read as UTF-8 text ({error})") from error
     if not prompts:
         raise ValueError(f"--prompts {path}: there is no prompt in it; write one a line")
@@ -111,7 +124,11 @@ class StableDiffusion:
     def sources(self):
         diffusion = self.base.diffusion     # one name for what is predicted, and at which noise
         zero = " with zero-terminal SNR" if diffusion.alpha_bar[-1] == 0 else ""
-        return {"data": self.data.digest(), "prediction": diffusion.prediction + zero}
+        sources = {"data": self.data.digest(), "prediction": diffusion.prediction + zero}
+        if self.settings.weights.tokenizer:     # a flag's own, that is no part of the base
+            tokenizers = self.base.backbone.parts.tokenizers
+            sources["tokenizer"] = " ".join(tokenizer.digest() for tokenizer in tokenizers)
+        return sources
 
     def given(self, name):
         if name == "base":
@@ -130,7 +147,10 @@ class StableDiffusion:
         path = self.out / f"{name}.safetensors"           # only written when it is ready
         if not path.is_file():
             return None
-        return path, with_lora(base, path), load_checkpoint(self.path(name)).get("made_of")
+        content = load_checkpoint(self.path(name))
+        if stopped(self.path(name), content, self.settings.common.resume):
+            return None                                   # its files are of a run before
+        return path, with_lora(base, path), content.get("made_of")
 
     def new_base(self):
         raise AssertionError("the base of Stable Diffusion is a file, see given()")

@@ -6,10 +6,10 @@ Base, auxiliary and data are those of --seed; a run has its own training and sam
 """
 import argparse
 import hashlib
-import json
 import multiprocessing
 import os
 import time
+import zipfile
 from dataclasses import replace
 from functools import cache, cached_property
 from pathlib import Path
@@ -25,7 +25,8 @@ from ..run.stages import alignment_step, ready_auxiliary, stage_1, stage_2
 from ..toy import critic, evaluate, painter
 from ..toy.world import Toy
 from ..utils.log import BINS, summarize
-from ..utils.checkpoint import load_checkpoint, save_json, use_again
+from ..utils.checkpoint import load_checkpoint, read_json, save_json, use_again
+from ..utils.files import ordinary
 from ..utils.grid import save_grid
 from ..utils.muon import Muon
 
@@ -72,8 +73,13 @@ class Lab:
         own."""
         if not self.args.bases:
             return [self]
-        seeds = [load_checkpoint(Path(folder) / "base.pt")["made_of"]["seed"]
-                 for folder in self.args.bases]
+        seeds = []
+        for base in (Path(folder) / "base.pt" for folder in self.args.bases):
+            made_of = load_checkpoint(base).get("made_of", {})
+            if "seed" not in made_of:
+                raise ValueError(f"{base} does not say which seed it is of (it is of an older "
+                                 "version); train it again")
+            seeds.append(made_of["seed"])
         return [Lab(changed(self.args, out=folder, seed=seed))
                 for folder, seed in zip(self.args.bases, seeds)]
 
@@ -124,6 +130,8 @@ class Lab:
         key, kind, overrides = run
         settings = settings_of(changed(self.args, **overrides))
         own = {name: value for name, value in overrides.items() if name not in flat(settings)}
+        if "judged" in own and self.args.seed:  # of the damage; runs of before were all of seed 0
+            own["seed of the verdicts"] = self.args.seed
         parts = settings.common, settings.sft, settings.cpo, settings.report
         return {"kind": kind} | record(*parts) | own | self.sources
 
@@ -131,12 +139,17 @@ class Lab:
         """The result of a finished run. Its pictures are judged again when the critic (or what is
         measured) has changed since."""
         path, pictures = self.path(run[0]), self.path(run[0], "npz")
-        result = json.loads(path.read_text(encoding="utf-8"))
+        result = read_json(path)                    # {} of one that is broken
         use_again(path, result.get("made_of"), self.made_of(run),
                   cure="delete it or choose another --out")
         if pictures.exists() and result.get("judged by") != judge_digest():
             args = changed(self.args, **run[2])
-            images = np.load(pictures)["images"]
+            try:
+                images = np.load(ordinary(pictures))["images"]
+            except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+                raise ValueError(f"{pictures}: not the pictures of a run, or damaged ({error}); "
+                                 f"delete it and {path.name}, and they are painted again"
+                                 ) from error
             result |= {"row": row_of(images, self.models["base"], args.seed),
                        "judged by": judge_digest()}
             save_json(path, result)

@@ -384,6 +384,15 @@ def steps_to(curve, level, captions=None):
     return None
 
 
+def steps_cell(steps, vanilla):
+    """Steps to a level, a number a seed (None where it is not reached), as text; and how many times
+    fewer than those of the faster of the runs `vanilla`, [the same of each] that reached it."""
+    if None in steps:
+        return f"not in {steps.count(None)} of {len(steps)} seeds"
+    slow = [np.mean(other) for other in vanilla if None not in other]
+    return written(steps, 0) + (f" ({min(slow) / np.mean(steps):.1f}x)" if slow else "")
+
+
 def speed(lab):
     """#A_neg against optimizer steps at a constant rate, rule by rule; steps to fixed levels, and
     how many times fewer than vanilla's."""
@@ -406,14 +415,9 @@ def speed(lab):
                 for curve in curves[name]]
 
     def cell(name, level, careful):
-        steps = reached(name, level, careful)
-        if None in steps:
-            return f"not in {steps.count(None)} of {len(steps)} seeds"
-        vanilla = [np.mean(other) for n in curves if SPEED[n]["stabilizer"] == "none"
-                   and None not in (other := reached(n, level, careful))]
-        ratio = (f" ({min(vanilla) / np.mean(steps):.1f}x)"
-                 if vanilla and SPEED[name]["stabilizer"] != "none" else "")
-        return written(steps, 0) + ratio
+        vanilla = [reached(n, level, careful) for n in curves if SPEED[n]["stabilizer"] == "none"]
+        return steps_cell(reached(name, level, careful),
+                          vanilla if SPEED[name]["stabilizer"] != "none" else [])
     ends = (("neg", 2), ("caption", 3), ("frechet", 1))
     tables = [markdown(["rule", *(f"#A_neg {level}" for level in levels),
                         "last: #A_neg", "caption", "Fréchet"],

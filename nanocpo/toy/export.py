@@ -9,7 +9,7 @@ from pathlib import Path
 from PIL import Image
 
 from ..folder.reading import DataError
-from ..utils.cli import SEED, above, command
+from ..utils.cli import SEED, Parser, above, command
 from .paintings import from_painter
 
 
@@ -35,8 +35,8 @@ def export(data, folder):
 
 def main(argv=None):
     """Export painter data to a folder."""
-    parser = argparse.ArgumentParser(description=main.__doc__,
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = Parser(description=main.__doc__,
+                    formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--out", required=True, help="folder to write")
     parser.add_argument("--count", type=above(0), default=1000, help="number of pictures")
     parser.add_argument("--regime", choices=["flawed", "mixed", "positive"], default="flawed",

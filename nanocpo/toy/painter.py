@@ -74,7 +74,8 @@ def hsv_to_rgb(hue, saturation, value):
 def stream(seed, name):
     """The random numbers of one leaf (or of "the scene") in one picture; seed: an int or a tuple
     of ints."""
-    return np.random.default_rng((*np.atleast_1d(seed), zlib.crc32(name.encode())))
+    numbers = seed if isinstance(seed, tuple) else (seed,)        # of any size: no array of them
+    return np.random.default_rng((*numbers, zlib.crc32(name.encode())))
 
 
 def paint(caption, states, seed, hue=None):

@@ -11,8 +11,9 @@ from pathlib import Path
 
 from ..data import to_images
 from ..model import load_model
+from ..run.settings import record
 from ..utils.checkpoint import differences, fingerprint, read_json, save_json
-from ..utils.cli import SEED, above, command, number
+from ..utils.cli import SEED, Parser, above, command, number
 from ..utils.device import pick_device
 from ..utils.report import write_report
 from .evaluate import evaluate
@@ -28,10 +29,11 @@ def report(out, name, base, auxiliary, target, settings, seed, seconds):
               "auxiliary_guided": (auxiliary, "guided"), name: (target, "plain")}
     how = settings.samples, seed, settings.sampling_steps, settings.guidance
     start, kept = time.time(), Path(out) / "rows.json"
-    made_of = dict(zip(("samples", "seed", "sampling_steps", "guidance"), how),
-                   models=fingerprint(base, auxiliary), code=code_digest())
+    made_of = record(settings) | {"seed": seed, "models": fingerprint(base, auxiliary),
+                                  "code": code_digest()}
     known = read_json(kept)
-    same = "rows" in known and not differences(known.get("made_of", {}), made_of)
+    same = (all(isinstance(known.get(part), dict) for part in ("rows", "made_of"))
+            and not differences(known["made_of"], made_of))
     known = known["rows"] if same else {}
     missing = {row: pair for row, pair in models.items() if row == name or row not in known}
     result, pictures = evaluate(missing, *how)
@@ -82,8 +84,8 @@ def table(report):
 
 def main(argv=None):
     """Evaluate checkpoints on the plain caption; --kind prompted or guided asks with attributes."""
-    parser = argparse.ArgumentParser(description=main.__doc__,
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = Parser(description=main.__doc__,
+                    formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("checkpoints", nargs="+")
     parser.add_argument("--kind", choices=["plain", "prompted", "guided"], default="plain")
     parser.add_argument("--guidance", type=number(), default=2.0)

@@ -14,7 +14,7 @@ from ..folder.reading import from_folder
 from ..model import Model, load_model
 from ..run.settings import knobs
 from ..utils import ranks
-from ..utils.checkpoint import CURE, is_finished, load_checkpoint, use_again
+from ..utils.checkpoint import CURE, load_checkpoint, stopped, use_again
 from ..utils.device import pick_device
 from ..utils.grid import save_grid
 from .critic import judge, unmeasured
@@ -70,10 +70,7 @@ class Toy:
     def stored(self, name, base):
         path = self.path(name)
         content = load_checkpoint(path) if path.exists() else None
-        if content is None or not is_finished(content):
-            if content and not self.settings.common.resume:
-                print(f"{path} stopped at step {content['step']} of {content['steps']}; it is "
-                      "trained anew (--resume would go on)")
+        if content is None or stopped(path, content, self.settings.common.resume):
             return None
         return path, self._load(path, content), content.get("made_of")
 

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from . import ranks
+from .files import NotAFile, ordinary, parse
 
 
 @contextmanager
@@ -90,8 +91,8 @@ def save_json(path, content):
 def read_json(path):
     """The dict in a JSON file that can be made again; {} where there is none, or no such file."""
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError, RecursionError):
+        content = parse(ordinary(path).read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}
 
@@ -100,13 +101,14 @@ def load_checkpoint(path):
     """Read a checkpoint's dict to the CPU. Raises ValueError or OSError that names the file and
     what to do."""
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        content = torch.load(ordinary(path), map_location="cpu", weights_only=True)
         wrong = _fault(content)
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{path}: no such checkpoint; train_cpo.py makes one") from error
-    except OSError:                         # not the file's fault
-        raise
     except Exception as error:
+        # not the file's fault; what is damaged can be an OSError too, that names no file
+        if isinstance(error, NotAFile) or getattr(error, "filename", None):
+            raise
         raise ValueError(f"{path}: not a checkpoint of nanocpo, or damaged "
                          f"({type(error).__name__}); delete it and train again") from error
     if wrong:
@@ -125,15 +127,39 @@ def _fault(content):
     for name, kind in kinds.items():
         if not isinstance(content.get(name), kind):
             return f"'{name}' is no {kind.__name__}"
+    for name in kinds.keys() - {"ema"}:
+        try:
+            json.dumps(content[name])
+        except (TypeError, ValueError, RecursionError):
+            return f"'{name}' holds more than words and numbers"
     for name, weight in content["ema"].items():
         if not torch.is_tensor(weight) or not weight.isfinite().all():
             return f"the weight {name} is not finite"
     return ""
 
 
+@contextmanager
+def fitting(path):
+    """Inside the with-block the parts of a checkpoint are put together; whatever a torn or invented
+    one leads to becomes a ValueError that names the file."""
+    try:
+        yield
+    except Exception as error:
+        raise ValueError(f"{path}: its parts do not fit together ({type(error).__name__}: {error});"
+                         " it is of another version") from error
+
+
 def is_finished(content):
     """Whether a checkpoint's run came to its end, as far as it says."""
     return content.get("step", 0) >= content.get("steps", 0)
+
+
+def stopped(path, content, resume):
+    """Whether the run of a checkpoint stopped on its way; said, unless it is resumed."""
+    if not is_finished(content) and not resume:
+        print(f"{path} stopped at step {content['step']} of {content['steps']}; it is trained anew "
+              "(--resume would go on)")
+    return not is_finished(content)
 
 
 def fingerprint(*modules):
@@ -166,9 +192,9 @@ def use_again(what, was, now, must=None, cure=CURE):
     be another thing. must: the names that have to agree (None: all of them). That others differ
     is said and accepted: a base that was trained longer on the same data is what its owner left
     there."""
-    if was is None:
-        raise ValueError(f"{what} does not say what it was made of (it is of an older version); "
-                         f"{cure}")
+    if not isinstance(was, dict):
+        raise ValueError(f"{what} does not say what it was made of (it is of an older version, or "
+                         f"damaged); {cure}")
     different = differences(was, now)
     wrong = [name for name in different if must is None or name in must]
     if wrong:

@@ -8,6 +8,7 @@ import sys
 import torch
 
 from . import ranks
+from .files import is_text
 
 
 def number(kind=float, above=-math.inf, to=math.inf):
@@ -38,11 +39,36 @@ def not_empty(text):
     return text
 
 
+def encodable(text):
+    """An argparse type: any text, even none, that a prompt can hold."""
+    if not is_text(text):
+        raise argparse.ArgumentTypeError("is not UTF-8")
+    return text
+
+
+def phrase(text):
+    """An argparse type: text that a prompt can hold and that says something."""
+    return not_empty(encodable(text))
+
+
+def printable(text, most=2000):
+    """Text that may hold what a file or a flag says, as one line for a terminal: line breaks and
+    control characters are escaped, and of more than `most` characters the middle is left out."""
+    if len(text) > most:
+        text = text[:most - 700] + " ... " + text[-700:]        # the cure stands at its end
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
 class Parser(argparse.ArgumentParser):
-    """Tells a wrong flag in one line, without the list of all flags before it."""
+    """Tells a wrong flag in one line, without the list of all flags before it. A flag without a
+    type of its own takes text that is not empty."""
+
+    def __init__(self, *arguments, **named):
+        super().__init__(*arguments, **named)
+        self.register("type", None, not_empty)
 
     def error(self, message):
-        self.exit(2, f"error: {message} (--help shows the flags)\n")
+        self.exit(2, f"error: {printable(message)} (--help shows the flags)\n")
 
 
 def command(main, several=False):
@@ -51,6 +77,8 @@ def command(main, several=False):
     line and ends with status 1; `python -X dev` shows where it arose, as all other errors do.
 
     several: whether it may be one of several processes (torchrun)."""
+    if hasattr(sys.stdout, "reconfigure"):      # what a terminal cannot show is escaped
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         if several:
             ranks.start()
@@ -80,7 +108,7 @@ def command(main, several=False):
         if sys.flags.dev_mode or not (own or isinstance(error, (OSError, FloatingPointError))):
             raise
         where = f" in process {ranks.number()}" if ranks.count() > 1 else ""
-        sys.exit(f"error{where}: {error}")
+        sys.exit(f"error{where}: {printable(str(error))}")
     except RuntimeError as error:
         asked = re.search(r"you tried to allocate (\d+) bytes", str(error))
         if asked and not sys.flags.dev_mode:

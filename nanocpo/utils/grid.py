@@ -6,6 +6,9 @@ from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 
 
+LINES = 32                  # of a label, at most
+
+
 def save_grid(path, images, labels=None, columns=8, zoom=4, titles=None):
     """A PNG file, and its folder, of images uint8 (N, H, W, 3), enlarged without smoothing, so that
     every pixel can be seen. labels: N strings (lines split by a newline) or None; titles: one
@@ -13,7 +16,9 @@ def save_grid(path, images, labels=None, columns=8, zoom=4, titles=None):
     count, height, width = images.shape[:3]
     rows, cell_w, cell_h = -(-count // columns), width * zoom, height * zoom
     font, line = ImageFont.load_default(11), 14
-    text_h = line * max((label.count("\n") + 1 for label in labels or ()), default=0)
+    # of a caption of thousands of words what there is room for
+    texts = [[text[:cell_w] for text in label.split("\n")[:LINES]] for label in labels or ()]
+    text_h = line * max(map(len, texts), default=0)
     title_h = 22 if titles else 0
     step_w, step_h = cell_w + 4, cell_h + text_h + title_h + 4
     sheet = Image.new("RGB", (columns * step_w + 4, rows * step_h + 4), "white")
@@ -23,7 +28,7 @@ def save_grid(path, images, labels=None, columns=8, zoom=4, titles=None):
         sheet.paste(Image.fromarray(image).resize((cell_w, cell_h), Image.Resampling.NEAREST),
                     (x, y))
         if labels:
-            for k, text in enumerate(labels[i].split("\n")):
+            for k, text in enumerate(texts[i]):
                 fits = bisect_right(range(len(text)), cell_w,       # cut what does not fit
                                     key=lambda n: pen.textlength(text[:n + 1], font=font))
                 pen.text((x + 1, y + cell_h + k * line), text[:fits], fill="black", font=font)

@@ -7,6 +7,7 @@ import torch
 
 from . import ranks
 from .checkpoint import atomic_write
+from .files import ordinary
 
 BINS = 10                       # timestep bins of the log: a loss averaged over t hides everything
 
@@ -17,13 +18,15 @@ class Log:
     def __init__(self, path, name, keep):
         """keep: of a log that is there already, the lines up to this step stay."""
         self.path, self.name, self.window = path, name, []
-        before = path.read_text() if keep and path.exists() else None
+        before = ordinary(path).read_bytes() if keep and path.exists() else b""
         # a torn line, or one that is not the log's, is left out
-        lines = [line for line in (before or "").splitlines() if _step(line) <= keep]
+        lines = [line for line in before.decode(errors="replace").splitlines()
+                 if _step(line) <= keep]
         text = "".join(line + "\n" for line in lines)
-        if text != before and ranks.first():      # and several may look at one finished run
+        # several may look at one finished run
+        if (not keep or text.encode() != before) and ranks.first():
             with atomic_write(path) as temporary:
-                temporary.write_text(text)
+                temporary.write_text(text, encoding="utf-8")
         self.line = json.loads(lines[-1]) if lines else {}
         self.start = time.time() - self.line.get("seconds", 0)          # a resumed run counts on
 
