@@ -12,8 +12,8 @@ from toy_tiny import CRITERIA, DATA, settings_of, tiny_model
 
 import sample
 from nanocpo.data import to_images
+from nanocpo.folder.expert import held_out
 from nanocpo.run.settings import STABLE_DIFFUSION
-from nanocpo.sd.report import held_out
 from nanocpo.sd.report import report as sd_report
 from nanocpo.sd.world import StableDiffusion
 from nanocpo.study import plots
