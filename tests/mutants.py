@@ -495,7 +495,7 @@ MUTANTS = [
           ("args.every, resume=False)", "args.every)", "a resumed curve has lost its first points"),
           (" | self.sources", "", "results of another auxiliary are taken for this one's")),
     *_all("nanocpo/study/studies.py",
-          ('np.subtract(negative(level, "CPO"),\n', 'np.add(negative(level, "CPO"),\n',
+          ("np.subtract(negative(level, name),\n", "np.add(negative(level, name),\n",
            "annotation: the difference in pairs is a sum"),
           ("for root in roots for scale in TURNS]\n    save_grid",
            "for scale in TURNS for root in roots]\n    save_grid",

@@ -178,14 +178,16 @@ def test_run_that_stopped_goes_on(out, monkeypatch):
     assert ([p.name for p in (out / "study" / "annotation").glob("*_CPO_*.json")]
             == ["75___judged_CPO_1.json"])
     summary, text = run(out, "annotation", *flags)
-    assert (calls == ["75___judged_CPO_1"] + ["75___judged_SFT_on_guided_pictures_1"] * 2
-            + ["5___wrong_CPO_1", "5___wrong_SFT_on_guided_pictures_1"])
-    kinds = "auxiliary prompted", "auxiliary guided", "CPO", "SFT on guided pictures"
+    assert (calls == ["75___judged_CPO_1"] + ["75___judged_CPO__k_0.5_1"] * 2
+            + ["75___judged_SFT_on_guided_pictures_1", "5___wrong_CPO_1", "5___wrong_CPO__k_0.5_1",
+               "5___wrong_SFT_on_guided_pictures_1"])
+    kinds = ("auxiliary prompted", "auxiliary guided", "CPO", "CPO, k 0.5",
+             "SFT on guided pictures")
     assert (list(summary["rows"]) == [f"{level}: {kind}" for level in ("75 % judged", "5 % wrong")
                                       for kind in kinds]
             and "| 75 % judged | SFT on guided pictures |" in text)
-    less = [summary["rows"][f"5 % wrong: {kind}"][0]["neg"] for kind in kinds[2:]]
-    assert f"| 5 % wrong | {less[0] - less[1]:.2f} |" in text
+    one, other, sft = (summary["rows"][f"5 % wrong: {kind}"][0]["neg"] for kind in kinds[2:])
+    assert f"| 5 % wrong | {one - sft:.2f} | {other - sft:.2f} |" in text
 
 
 def test_an_auxiliary_of_degraded_annotations_must_agree_in_every_setting(tiny, tmp_path):

@@ -586,6 +586,8 @@ def annotation(lab):
     kinds = {"auxiliary prompted": ("sample", dict(model="auxiliary", prompt="prompted")),
              "auxiliary guided": ("sample", dict(model="auxiliary", prompt="guided")),
              "CPO": ("align", {}),
+             # ends where guidance at scale 2 does (E17), the scale of the two rows around it
+             "CPO, k 0.5": ("align", dict(strength=0.5)),
              # the setting that `methods` chose
              "SFT on guided pictures": ("align", dict(method="sft", paint=1024,
                                                       paint_guidance=2.0))}
@@ -607,16 +609,16 @@ def annotation(lab):
     stem = publish(
         args, {"base": base, "rows": {f"{level}: {name}": some
                                       for (level, name), some in rows.items()}},
-        text, "CPO's #A_neg less that of SFT on guided pictures, in pairs, seed by seed:",
-        markdown(["annotation", "difference"],
-                 [[level, written(np.subtract(negative(level, "CPO"),
-                                              negative(level, "SFT on guided pictures")))]
-                  for level in levels]))
+        text, "#A_neg less that of SFT on guided pictures, in pairs, seed by seed:",
+        markdown(["annotation", "CPO", "CPO, k 0.5"],
+                 [[level, *(written(np.subtract(negative(level, name),
+                                                negative(level, "SFT on guided pictures")))
+                            for name in ("CPO", "CPO, k 0.5"))] for level in levels]))
     bar_chart(f"{stem}.png", {f"{level}: {name}": over_seeds(negative(level, name))
                               for level, name in rows},
               "A teacher who saw few verdicts, wrong ones, or little of both",
               "#A_neg, lower is better; 95 % interval over seeds",
-              highlight=[f"{level}: CPO" for level in levels])
+              highlight=[f"{level}: {name}" for level, name in rows if name.startswith("CPO")])
 
 
 def gap(lab):
