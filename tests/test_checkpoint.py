@@ -72,6 +72,16 @@ def test_a_damaged_file_is_named(tmp_path, kind, load):
         load(tmp_path / "broken.pt")
 
 
+def test_a_byte_that_was_changed_is_noticed(tmp_path):
+    """In the middle of the weights, where it is another number and nothing else."""
+    save_checkpoint(tmp_path / "x.pt", content(tiny_model()))
+    torn = bytearray((tmp_path / "x.pt").read_bytes())
+    torn[len(torn) // 2] ^= 1
+    (tmp_path / "x.pt").write_bytes(torn)
+    with pytest.raises(ValueError, match="x.pt: not a checkpoint of nanocpo, or damaged"):
+        load_model(tmp_path / "x.pt")
+
+
 def test_a_missing_file_stays_a_missing_file(tmp_path):
     with pytest.raises(FileNotFoundError, match="none.pt"):
         load_checkpoint(tmp_path / "none.pt")
