@@ -450,6 +450,8 @@ MUTANTS = [
           ("lambda xt, a, prompt=prompt: world", "lambda xt, a: world",
            "all fields of the figure are the last one's")),
     *_all("sample.py",
+          ("painter.labels(images, captions)", "painter.labels(images[::-1], captions)",
+           "verdicts stand under other pictures"),
           ("model.sample(prompts, away,", "model.sample(away, prompts,", "guides towards the bad")),
     *_all("nanocpo/utils/cli.py",
           ("if sys.flags.dev_mode or not (own or isinstance(error, (OSError,"
