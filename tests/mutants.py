@@ -326,6 +326,7 @@ MUTANTS = [
            "every timestep bin shows the average"),
           (' - self.line.get("seconds", 0)', "", "a resumed run forgets the time it took")),
     *_all("nanocpo/utils/checkpoint.py",
+          ("if file.testzip():", "if False:", "a changed byte is another weight"),
           ('getattr(error, "filename", None)', "isinstance(error, OSError)",
            "a damaged checkpoint is not named"),
           ("for name in kinds.keys() - {\"ema\"}:", "for name in ():",
@@ -461,6 +462,8 @@ MUTANTS = [
           ("lambda xt, a, prompt=prompt: world", "lambda xt, a: world",
            "all fields of the figure are the last one's")),
     *_all("sample.py",
+          ("painter.labels(images, captions)", "painter.labels(images[::-1], captions)",
+           "verdicts stand under other pictures"),
           ("model.sample(prompts, away,", "model.sample(away, prompts,", "guides towards the bad")),
     *_all("nanocpo/utils/cli.py",
           ("if sys.flags.dev_mode or not (own or isinstance(error, (OSError,"

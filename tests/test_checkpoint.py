@@ -72,6 +72,28 @@ def test_a_damaged_file_is_named(tmp_path, kind, load):
         load(tmp_path / "broken.pt")
 
 
+def test_a_byte_that_was_changed_is_noticed(tmp_path):
+    """In the middle of the weights, where it is another number and nothing else."""
+    save_checkpoint(tmp_path / "x.pt", content(tiny_model()))
+    torn = bytearray((tmp_path / "x.pt").read_bytes())
+    torn[len(torn) // 2] ^= 1
+    (tmp_path / "x.pt").write_bytes(torn)
+    with pytest.raises(ValueError, match="x.pt: not a checkpoint of nanocpo, or damaged"):
+        load_model(tmp_path / "x.pt")
+
+
+def test_damage_is_named_whatever_torch_says_of_it(tmp_path, monkeypatch):
+    """What is torn can be an error of the file system without the file's name."""
+    save_checkpoint(tmp_path / "x.pt", content(tiny_model()))
+
+    def invalid(*arguments, **named):
+        raise OSError(errno.EINVAL, "Invalid argument")
+    monkeypatch.setattr(torch, "load", invalid)
+    words = "x.pt: not a checkpoint of nanocpo, or damaged .OSError.; delete it"
+    with pytest.raises(ValueError, match=words):
+        load_checkpoint(tmp_path / "x.pt")
+
+
 def test_a_missing_file_stays_a_missing_file(tmp_path):
     with pytest.raises(FileNotFoundError, match="none.pt"):
         load_checkpoint(tmp_path / "none.pt")
@@ -116,6 +138,9 @@ def test_only_one_process_makes_a_file(tmp_path):
 @pytest.mark.parametrize("change, words", [
     (dict(config=[1]), "'config' is no dict"), (dict(criteria="x"), "'criteria' is no dict"),
     (dict(made_of={}, step="3", steps=3), "'step' is no int"),
+    (dict(config={"unet": torch.zeros(1)}), "'config' holds more than words and numbers"),
+    (dict(made_of={"lr": torch.zeros(1)}, step=1, steps=1),
+     "'made_of' holds more than words and numbers"),
     (dict(made_of={}), "'step' is no int"), (dict(made_of=3), "'made_of' is no dict"),
     (dict(ema={"w": torch.tensor([1.0, float("nan")])}), "the weight w is not finite"),
     (dict(ema={"w": torch.tensor(float("inf"))}), "the weight w is not finite"),

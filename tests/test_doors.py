@@ -163,10 +163,10 @@ def test_json_has_one_meaning_or_none():
 
 
 def test_members_by_hand():
-    text = ' {"a":1.0 ,\t"b\\"\\u00e9" : {"c": ["}", 1]},"n":NaN , "i": -12345678901234567890123 }'
+    text = ' {"a":1.00 ,\t"b\\"\\u00e9" : {"c":["}",1]},"n":NaN , "i": -12345678901234567890123 }'
     found = members(text)
     assert {key: raw for key, (_, raw) in found.items()} == {
-        "a": "1.0", 'b"\u00e9': '{"c": ["}", 1]}', "n": "NaN", "i": "-12345678901234567890123"}
+        "a": "1.00", 'b"\u00e9': '{"c":["}",1]}', "n": "NaN", "i": "-12345678901234567890123"}
     assert found["i"][0] == -12345678901234567890123 and math.isnan(found["n"][0])
     assert members("{ }") == {}
 

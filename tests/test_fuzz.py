@@ -102,7 +102,7 @@ def damaged(draw, content, values=VALUES, most=2):
             continue
         what = draw(st.sampled_from(["replace", "replace", "lose", "rename", "more"]))
         if what == "replace":
-            holder[key] = draw(values)
+            holder[key] = copy.deepcopy(draw(values))
         elif what == "lose":
             del holder[key]
         elif isinstance(holder, list):
@@ -110,7 +110,7 @@ def damaged(draw, content, values=VALUES, most=2):
         elif what == "rename":
             holder[draw(WORDS)] = holder.pop(key)
         else:
-            holder[draw(WORDS)] = draw(values)
+            holder[draw(WORDS)] = copy.deepcopy(draw(values))
     return content
 
 

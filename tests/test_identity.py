@@ -221,6 +221,11 @@ SEEDED = {
     "held-out masterpieces": lambda seed, folder: real_positive(CRITERIA, 8, seed)[1].scores}
 
 
+def test_a_painting_s_hue_is_of_the_seed_and_its_number(monkeypatch):
+    monkeypatch.setattr("nanocpo.toy.paintings.paint", lambda caption, states, seed: np.array(seed))
+    assert from_painter(count=3, seed=7).images.tolist() == [[7, 0, 1], [7, 1, 1], [7, 2, 1]]
+
+
 @pytest.mark.parametrize("what", SEEDED)
 def test_a_seed_is_heeded(tmp_path, what):
     """The same seed gives the same again, another one something else; the largest that a flag takes

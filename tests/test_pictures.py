@@ -126,12 +126,13 @@ def test_the_toy_s_grids_show_each_kind_of_prompt_in_its_row(tmp_path):
             assert (titles[i] == titled(tmp_path, f"{name}, step 7: {kind} prompt", 8, 32, 4)).all()
 
 
-def test_samples_stand_above_their_own_captions_and_verdicts(tmp_path, capsys):
+def test_samples_stand_above_their_own_captions_and_verdicts(tmp_path, monkeypatch):
     model = tiny_model()
     save_checkpoint(tmp_path / "x.pt", model.content() | {"ema": model.state_dict()})
     captions, out = model.captions[:3], tmp_path / "x.png"
-    images = sample.main(["--checkpoint", str(tmp_path / "x.pt"), "--out", str(out), "--count", "2",
-                          "--caption", *captions, "--steps", "2", "--device", "cpu"])
+    flags = ["--checkpoint", str(tmp_path / "x.pt"), "--out", str(out), "--count", "2",
+             "--caption", *captions, "--steps", "2", "--device", "cpu"]
+    images = sample.main(flags)
     tiles, labels, _ = read(out, 6, 4, 32, 5)
     assert (tiles == images).all()
     for i, pixels in enumerate(labels):
@@ -145,6 +146,12 @@ def test_samples_stand_above_their_own_captions_and_verdicts(tmp_path, capsys):
         one, = painter.labels(data.images[i:i + 1], [caption])
         assert label == one and label.startswith(f"{caption}: seen {caption}\n")
     assert len(set(told)) == 6
+    monkeypatch.setattr(sample.ToyPainter, "labels", lambda self, images, captions: [
+        f"{caption} {image.sum()}" for image, caption in zip(images, captions)])
+    images = sample.main(flags)
+    for i, pixels in enumerate(read(out, 6, 4, 32, 5)[1]):
+        told = f"{captions[i // 2]} {images[i].sum()}"
+        assert (pixels == written(tmp_path, told, 32, 5)).all()
 
 
 def test_stable_diffusion_s_report_and_grids_show_each_model_in_its_row(tmp_path):

@@ -515,6 +515,12 @@ def test_settings_of_other_types_are_refused_by_name():
                           (weights.unet_config, {"_class_name": "UNetFlatConditionModel"}),
                           (weights.vae_config, {"norm_num_groups": None}),
                           (weights.vae_config, {"_class_name": "AutoencoderTiny"}),
+                          *((weights.vae_config, {"scaling_factor": scale}) for scale in (
+                              "0.18", None, 0, -1.0, float("nan"), float("inf"), True)),
+                          (weights.vae_config, {"block_out_channels": [8, 0]}),
+                          (weights.unet_config, {"layers_per_block": 10 ** 9}),
+                          (weights.clip_config, {"num_hidden_layers": 10 ** 9}),
+                          (weights.clip_config, {"vocab_size": 1.5}),
                           (weights.clip_config, {"num_attention_heads": "8"}),
                           (weights.clip_config, {"quantization_config": {"load_in_8bit": True}})):
         with pytest.raises(WeightsError, match=f"{list(setting)[0]} = .* is not supported"):
