@@ -100,8 +100,8 @@ def test_wilson_interval():
 
 def test_the_sample_is_the_seed_s_and_spreads_over_the_project():
     root = Path(random_mutants.__file__).parent.parent
-    some = random_mutants.sample(root, 200, 1)
-    assert some == random_mutants.sample(root, 200, 1) != random_mutants.sample(root, 200, 2)
-    folders = {change.file.rpartition("/")[0] for change in some}
-    assert {"nanocpo", "nanocpo/run", "nanocpo/sd", "nanocpo/study", "nanocpo/toy",
-            "nanocpo/utils"} <= folders
+    one, same, other = (random_mutants.sample(root, 20, seed, "nanocpo/losses.py")
+                        for seed in (1, 1, 2))
+    assert one == same != other and {change.file for change in one} == {"nanocpo/losses.py"}
+    folders = {change.file.rpartition("/")[0] for change in random_mutants.sample(root, 60, 1)}
+    assert {"nanocpo", "nanocpo/sd", "nanocpo/study", "nanocpo/toy", "nanocpo/utils"} <= folders
