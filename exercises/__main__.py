@@ -32,7 +32,8 @@ def main(argv=None):
     two.add_argument("--blank", default="all", help="the exercises that were handed out")
     two.add_argument("--seed", required=True, help="any text; keep it to yourself")
     two.add_argument("--out", default="grades")
-    two.add_argument("--limit", type=above(0, float), default=60, help="seconds for an exercise")
+    two.add_argument("--limit", type=above(0, float), default=60,
+                     help="seconds of processor time for an exercise")
     three = what.add_parser("kill", help="tests that a student wrote")
     three.add_argument("tests")
     four = what.add_parser("child")

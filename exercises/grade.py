@@ -5,7 +5,9 @@ import contextlib
 import csv
 import io
 import json
+import math
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -24,6 +26,10 @@ SHARES = {"core": 0.7, "robust": 0.3}
 
 def child(job):
     """In the subprocess: job (a dict) -> what is written to its result file."""
+    with contextlib.suppress(ImportError):              # Windows has no such module
+        import resource
+        own = math.ceil(job["limit"])
+        resource.setrlimit(resource.RLIMIT_CPU, (own, own + 5))
     if "kill" in job:
         return _kill_each(job)
     from . import hidden  # noqa: F401   registers its checks
@@ -32,16 +38,21 @@ def child(job):
 
 
 def run(job, limit):
-    """A job in a subprocess of its own: (its result or None, what went wrong)."""
+    """A job in a subprocess of its own: (its result or None, what went wrong). limit: seconds of
+    processor time, so that a busy machine costs nobody points; who only waits is stopped after
+    ten times as many."""
+    late = None, f"ran past the time limit of {limit:g} seconds"
     with tempfile.TemporaryDirectory() as folder:
         given, result = Path(folder) / "job.json", Path(folder) / "result.json"
-        given.write_text(json.dumps(job), encoding="utf-8")
+        given.write_text(json.dumps(job | {"limit": limit}), encoding="utf-8")
         command = [sys.executable, "-m", "exercises", "child", str(given), str(result)]
         try:
-            done = subprocess.run(command, cwd=ROOT, timeout=limit, capture_output=True, text=True,
-                                  env=os.environ | {"OMP_NUM_THREADS": "1"})
+            done = subprocess.run(command, cwd=ROOT, timeout=10 * limit, capture_output=True,
+                                  text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
         except subprocess.TimeoutExpired:
-            return None, f"ran past the time limit of {limit:g} seconds"
+            return late
+        if done.returncode == -getattr(signal, "SIGXCPU", 0) != 0:
+            return late
         if not result.exists():
             return None, (done.stderr.strip().splitlines() or ["ended without a result"])[-1][:200]
         return json.loads(result.read_text(encoding="utf-8")), ""
