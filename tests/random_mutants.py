@@ -211,6 +211,20 @@ def sample(root, count, seed, only=""):
 
 # ------------------------------------------------------------------------------------ running tests
 
+class Only:
+    """A plugin of pytest that leaves out all tests but these (names of files stand for all in
+    them)."""
+
+    def __init__(self, tests):
+        self.tests = set(tests)
+
+    def wanted(self, item):
+        return item.nodeid in self.tests or item.nodeid.split("::")[0] in self.tests
+
+    def pytest_collection_modifyitems(self, items):
+        items[:] = [item for item in items if self.wanted(item)]
+
+
 class Copy:
     """A copy of the project in which changes are planted, and tests run in a forked process."""
 
@@ -249,10 +263,15 @@ class Copy:
         sys.path[:0] = [str(self.folder)]
         os.environ["PYTHONPATH"] = str(self.folder)
         import pytest
+        # whole files are collected, so that tests keep their order: some share a folder
+        tests = [argument for argument in arguments if argument.startswith("tests/")]
+        flags = [argument for argument in arguments if argument not in tests]
+        files = list(dict.fromkeys(test.split("::")[0] for test in tests))
         code = 3
         try:
             code = pytest.main(["-q", "-p", "no:cacheprovider", "-p", "no:xdist",
-                                f"--basetemp={self.folder / 'tmp'}", *arguments])
+                                f"--basetemp={self.folder / 'tmp'}", *flags, *files],
+                               plugins=[Only(tests)])
         finally:
             os._exit(int(code))
 

@@ -1,10 +1,11 @@
 """The generator of mutants: what it makes of a line, where it plants it, what it leaves alone."""
 import ast
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
 import random_mutants
-from random_mutants import Change, Copy, changes, chosen_tests, statement_lines, wilson
+from random_mutants import Change, Copy, Only, changes, chosen_tests, statement_lines, wilson
 
 
 def made(text, kind=None):
@@ -90,6 +91,13 @@ def test_the_chosen_tests_a_line():
     assert chosen_tests(change, covered, "tests/test_x.py") == [
         "tests/test_x.py::three", "tests/test_a.py::one", "tests/test_b.py"]
     assert chosen_tests(Change("y.py", 0, 1, "", "constant", (1,)), covered, "") == []
+
+
+def test_tests_keep_the_order_of_their_file():
+    items = [Namespace(nodeid=name) for name in ("tests/test_a.py::b", "tests/test_a.py::a",
+                                                 "tests/test_c.py::x", "tests/test_c.py::y")]
+    Only(["tests/test_c.py::y", "tests/test_a.py"]).pytest_collection_modifyitems(items)
+    assert [item.nodeid[11:] for item in items] == ["a.py::b", "a.py::a", "c.py::y"]
 
 
 def test_wilson_interval():

@@ -292,7 +292,7 @@ def test_speed_decoupling_and_guidance(out, monkeypatch):
     summary, text = run(out, "guidance", "--seeds", "1")
     assert ([row[0]["neg"] for scales in summary["rows"].values() for row in scales.values()]
             and "1 call" in text)
-    files = {p.stem for p in (out / "study" / "guidance").glob("*.json")}
+    files = {p.stem for p in (out / "study" / "guidance").glob("*_1.json")}
     assert len(files) == 4                                        # no two runs of one name
 
 
