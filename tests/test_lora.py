@@ -218,18 +218,7 @@ def test_an_adapter_of_a_real_convolution_is_refused(plugged, tmp_path):
 @pytest.mark.parametrize("change, words", [
     (lambda s, k: s.pop(k), "incomplete"),
     (lambda s, k: s.update({k: torch.zeros(2, 5)}), "another shape"),
-    (lambda s, k: s.update({k: torch.zeros(2, 8, 3, 3)}), "adapts a convolution")])
-def test_incomplete_and_misshapen_adapters_are_refused(plugged, change, words, tmp_path):
-    network, places = plugged
-    lora.save(places.new(2), tmp_path / "x.safetensors")
-    state = load_file(tmp_path / "x.safetensors")
-    change(state, next(key for key in state if "lora_A" in key))
-    save_file(state, tmp_path / "x.safetensors")
-    with pytest.raises(WeightsError, match=words):
-        lora.load(tmp_path / "x.safetensors", {"unet": network})
-
-
-@pytest.mark.parametrize("change, words", [
+    (lambda s, k: s.update({k: torch.zeros(2, 8, 3, 3)}), "adapts a convolution"),
     (lambda s, k: s.update({k: s[k] * float("nan")}), "to_q.* is not finite; train it again"),
     (lambda s, k: s.update({k: s[k] + float("inf")}), "is not finite"),
     (lambda s, k: s.update({k: torch.zeros(())}), "incomplete or of another shape"),
@@ -238,7 +227,7 @@ def test_incomplete_and_misshapen_adapters_are_refused(plugged, change, words, t
      "is not finite"),
     (lambda s, k: s.update({k.replace("lora_A.weight", "alpha"): torch.ones(2)}),
      "its alpha cannot be read")])
-def test_adapters_without_a_number_are_refused(plugged, change, words, tmp_path):
+def test_broken_adapters_are_refused(plugged, change, words, tmp_path):
     network, places = plugged
     lora.save(trained(places.new(2)), tmp_path / "x.safetensors")
     state = load_file(tmp_path / "x.safetensors")
