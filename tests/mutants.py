@@ -783,12 +783,13 @@ def _python_files():
                   if p.is_file() and p.suffix != ".pyc")
 
 
-def _pytest(folder, files, timeout=1800):
-    """Whether the tests pass in this copy; a run that hangs has noticed something too."""
+def _pytest(folder, files, timeout=1800, told=False):
+    """Whether the tests pass in this copy; a run that hangs has noticed something too. told: print
+    what pytest says."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *files]
     try:
-        return subprocess.run(command, cwd=folder, env=environment, capture_output=True,
+        return subprocess.run(command, cwd=folder, env=environment, capture_output=not told,
                               timeout=timeout).returncode == 0
     except subprocess.TimeoutExpired:
         return False
@@ -805,7 +806,7 @@ def survives(mutant):
         tests = sorted(f"tests/{p.name}" for p in (Path(folder) / "tests").glob("test_*.py")
                        if p.name != "test_mutants.py")
         if mutant is None:                  # nothing else runs yet
-            return _pytest(folder, ["-n", "2", *tests])
+            return _pytest(folder, ["-n", "2", *tests], told=True)
         path = Path(folder) / mutant.file
         path.write_text(path.read_text(encoding="utf-8").replace(mutant.old, mutant.new),
                         encoding="utf-8")
