@@ -37,7 +37,9 @@ def parse_numbers(text):
         if not low.isdecimal() or (high and not high.isdecimal()):
             raise ValueError(f"exercises '{part}': write numbers as 1-4,7 or all")
         ends = int(low[:9]), int((high or low)[:9])
-        numbers += [n for n in (*ends, *known) if n in ends or ends[0] < n < ends[1]]
+        if ends[0] > ends[1]:
+            raise ValueError(f"exercises '{part}': write the smaller number first")
+        numbers += {*ends, *(n for n in known if ends[0] < n < ends[1])}
     wrong = [n for n in numbers if n not in known]
     if wrong or not numbers:
         raise ValueError(f"no exercise {', '.join(map(str, wrong))}; there are 1 to {max(known)}")

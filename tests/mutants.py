@@ -32,7 +32,7 @@ TESTS = {
     "utils/device": "settings", "utils/files": "doors", "utils/log": "train",
     "utils/ranks": "ranks",
     "utils/report": "evaluate", "folder/reading": "folder", "folder/annotate": "annotate",
-    "folder/expert": "expert", "folder/proposals": "proposals", "propose": "proposals",
+    "folder/expert": "expert", "folder/proposals": "proposals", "folder/propose": "proposals",
     "folder/annotate.html": "annotate", "toy/critic": "painter", "toy/painter": "painter",
     "toy/paintings": "data", "toy/evaluate": "evaluate", "toy/report": "evaluate",
     "toy/world": "train", "study/lab": "study", "study/studies": "study", "study/figure": "study",
@@ -783,6 +783,31 @@ def _python_files():
                   if p.is_file() and p.suffix != ".pyc")
 
 
+def copy_files(root, files, folder):
+    """Files of the project to the same places in a folder."""
+    for path in files:
+        copy = folder / path.relative_to(root)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, copy)
+
+
+def _state():
+    """A digest of all files that decide whether a mutant is caught."""
+    return hashlib.sha256(b"".join(path.read_bytes() for path in _python_files())).hexdigest()
+
+
+def _tests():
+    """All files of tests but this one's, which would fail on each mutant."""
+    return sorted(f"tests/{path.name}" for path in (ROOT / "tests").glob("test_*.py")
+                  if path.name != "test_mutants.py")
+
+
+def _own_test(file):
+    """The file of tests that knows a file best."""
+    name = file.removeprefix("nanocpo/").removesuffix(".py")
+    return f"tests/test_{TESTS.get(name, name)}.py"
+
+
 def _pytest(folder, files, timeout=1800, told=False):
     """Whether the tests pass in this copy; a run that hangs has noticed something too. told: print
     what pytest says."""
@@ -799,37 +824,24 @@ def survives(mutant):
     """Apply the mutant (None: no change) to a copy and run the tests: its own file's first, then
     all others."""
     with tempfile.TemporaryDirectory() as folder:
-        for path in _python_files():
-            copy = Path(folder) / path.relative_to(ROOT)
-            copy.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(path, copy)
-        tests = sorted(f"tests/{p.name}" for p in (Path(folder) / "tests").glob("test_*.py")
-                       if p.name != "test_mutants.py")
+        copy_files(ROOT, _python_files(), Path(folder))
+        tests = _tests()
         if mutant is None:                  # nothing else runs yet
             return _pytest(folder, ["-n", "2", *tests], told=True)
         path = Path(folder) / mutant.file
         path.write_text(path.read_text(encoding="utf-8").replace(mutant.old, mutant.new),
                         encoding="utf-8")
-        name = mutant.file.removeprefix("nanocpo/").removesuffix(".py")
-        own = [test for test in tests if test == f"tests/test_{TESTS.get(name, name)}.py"]
+        own = [test for test in tests if test == _own_test(mutant.file)]
         return _pytest(folder, own) and _pytest(folder, [test for test in tests if test not in own])
 
 
 def at_random(args):
     """The survivors of a random sample; what is known of this state of the files is kept in a
     folder beside --results."""
-    import random_mutants
-    files = _python_files()
-    state = hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:12]
-    folder = Path(args.results).resolve().parent / f"random_{state}"
-    tests = sorted(f"tests/{p.name}" for p in (ROOT / "tests").glob("test_*.py")
-                   if p.name != "test_mutants.py")
-
-    def own_test(file):
-        name = file.removeprefix("nanocpo/").removesuffix(".py")
-        return f"tests/test_{TESTS.get(name, name)}.py"
-    return random_mutants.campaign(ROOT, files, tests, own_test, args.random, args.seed, args.jobs,
-                                   args.only, folder, lambda text: print(text, flush=True))
+    from random_mutants import campaign         # exercises/ read the list above without it
+    folder = Path(args.results).resolve().parent / f"random_{_state()[:12]}"
+    return campaign(ROOT, _python_files(), _tests(), _own_test, args.random, args.seed, args.jobs,
+                    args.only, folder, lambda text: print(text, flush=True))
 
 
 def main(argv=None):
@@ -850,7 +862,7 @@ def main(argv=None):
         return 1 if at_random(args) else 0
     if check():
         raise SystemExit("mend these mutants first:\n" + "\n".join(check()))
-    state = hashlib.sha256(b"".join(path.read_bytes() for path in _python_files())).hexdigest()
+    state = _state()
     results, known = Path(args.results), {}
     if results.exists() and (content := json.loads(results.read_text())).get("state") == state:
         known = content["survived"]

@@ -21,6 +21,8 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
+from mutants import copy_files
+
 SWAPS = {"Lt": "<=", "LtE": "<", "Gt": ">=", "GtE": ">", "Eq": "!=", "NotEq": "==", "In": "not in",
          "NotIn": "in", "Is": "is not", "IsNot": "is", "Add": "-", "Sub": "+", "Mult": "/",
          "Div": "*", "FloorDiv": "/", "Mod": "*", "Pow": "*", "BitAnd": "|", "BitOr": "&",
@@ -230,10 +232,7 @@ class Copy:
 
     def __init__(self, root, files, folder):
         self.root, self.folder, self.planted = root, Path(folder), set()
-        for path in files:
-            copy = self.folder / path.relative_to(root)
-            copy.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(path, copy)
+        copy_files(root, files, self.folder)
 
     def plant(self, some):
         """These changes and no others; those that overlap one before are left out. Returns what
@@ -278,7 +277,7 @@ class Copy:
     def failed(self, log="log"):
         """The tests that failed in a run that wrote this log, from its short summary."""
         text = (self.folder / log).read_text(encoding="utf-8", errors="replace")
-        return sorted(set(re.findall(r"^(?:FAILED|ERROR) (tests/\S+?\.py(?:::\S+)?)", text, re.M)))
+        return sorted(set(re.findall(r"^(?:FAILED|ERROR) (tests/.+?)(?: - .*)?$", text, re.M)))
 
 
 def preload():
@@ -310,8 +309,9 @@ def wait(children, limit):
 
 
 def run_all(copies, jobs, limit=1800):
-    """[(key, changes, pytest's arguments)] through the copies -> {key: (status, failed tests)}."""
-    free, running, began, results, jobs = list(copies), {}, {}, {}, list(jobs)
+    """[(key, changes, pytest's arguments)] through the copies; yields (key, status, failed tests)
+    as they end. status: 0 where nothing was noticed, None where time ran out."""
+    free, running, began, jobs = list(copies), {}, {}, list(jobs)
     while jobs or running:
         if jobs and free:
             key, some, arguments = jobs.pop(0)
@@ -323,22 +323,29 @@ def run_all(copies, jobs, limit=1800):
         child, status = wait(began, limit)
         key, copy = running.pop(child)
         del began[child]
-        results[key] = status, copy.failed()
         free.append(copy)
-        yield key, *results[key]
+        # status 5: there was no such test, and nothing was noticed
+        yield key, 0 if status == 5 else status, copy.failed()
 
 
 # ------------------------------------------------------------------------------------- the campaign
 
+def suite(copies, planted, tests, flags=()):
+    """Run all tests once, shared among the copies, on these changes: [the tests that fail], "?" for
+    a share that fails without naming one."""
+    jobs, failed = [(i, planted, [*flags, *tests[i::len(copies)]])
+                    for i in range(len(copies))], []
+    for _, status, some in run_all(copies, jobs, limit=7200):
+        failed += some or ([] if status == 0 else ["?"])
+    return failed
+
+
 def coverage_map(copies, tests):
     """Run the unchanged suite once: ({file: {line: tests}}, tests that fail without any mutant)."""
     import coverage
-    found, broken, halves = {}, [], [tests[i::len(copies)] for i in range(len(copies))]
-    jobs = [(i, [], ["--cov=nanocpo", "--cov=train_sft", "--cov=train_cpo", "--cov=sample",
-                     "--cov=exercises", "--cov-context=test", "--cov-report=", *half])
-            for i, half in enumerate(halves)]
-    for _, status, failed in run_all(copies, jobs, limit=7200):
-        broken += failed or ([] if status == 0 else ["everything"])
+    broken, found = suite(copies, [], tests, [
+        "--cov=nanocpo", "--cov=train_sft", "--cov=train_cpo", "--cov=sample", "--cov=exercises",
+        "--cov-context=test", "--cov-report="]), {}
     for copy in copies:
         data = coverage.CoverageData(str(copy.folder / ".coverage"))
         data.read()
@@ -369,14 +376,11 @@ def crowd(copies, survivors, tests, say):
     caught = {}
     while left := [change for change in survivors if change not in caught]:
         planted = copies[0].plant(left)
-        halves, failed = [tests[i::len(copies)] for i in range(len(copies))], []
-        for _, status, some in run_all(
-                copies, [(i, planted, half) for i, half in enumerate(halves)], 3600):
-            failed += some or ([] if status == 0 else ["?"])
+        failed = suite(copies, planted, tests)
         say(f"a crowd of {len(planted)}: {len(failed)} tests fail")
         new = {}
         for test in failed:
-            if test != "?" and not any(test in known for known in new.values()):
+            if test != "?":
                 new |= {change: test for change in culprits(copies[:1], planted, test, new)}
         if not new:
             return caught

@@ -200,7 +200,8 @@ def test_what_a_terminal_cannot_show_is_no_reason_to_stop(coding):
 def test_numbers_of_exercises_are_those_that_there_are():
     assert exercises.make.parse_numbers("2-4,1") == [1, 2, 3, 4]
     for wrong, words in (("1-99999999999", "no exercise 999999999; there are 1 to"), ("0", "no ex"),
-                         ("²", "write numbers as 1-4,7"), ("1-x", "write numbers"), ("", "write")):
+                         ("²", "write numbers as 1-4,7"), ("1-x", "write numbers"), ("", "write"),
+                         ("5-2", "write the smaller number first")):
         with pytest.raises(ValueError, match=words):
             exercises.make.parse_numbers(wrong)
 

@@ -6,7 +6,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 # the last one is a command as the others are: it may know all, and nobody it
-SCRIPTS = ("train_sft", "train_cpo", "sample", "nanocpo.propose")
+SCRIPTS = ("train_sft", "train_cpo", "sample", "nanocpo.folder.propose")
 # A folder may import from itself and from those with a smaller number; "" is the core.
 RANK = {"utils": 0, "": 1, "folder": 2, "run": 3, "toy": 4, "sd": 4, "study": 5}
 MODULES = {".".join(path.relative_to(ROOT).with_suffix("").parts): path

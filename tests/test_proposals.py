@@ -1,4 +1,4 @@
-"""The auxiliary's proposals for unjudged pictures: made by nanocpo/propose.py, checked against the
+"""The auxiliary's proposals for unjudged pictures: made by folder/propose.py, checked against the
 verdicts of held-out pictures, and never taken for verdicts."""
 import json
 
@@ -9,9 +9,8 @@ import torch
 import sd_tiny
 from toy_tiny import CRITERIA, DATA, tiny_model
 
-from nanocpo import propose
 from nanocpo.criteria import DEFAULT_TREE
-from nanocpo.folder import proposals
+from nanocpo.folder import proposals, propose
 from nanocpo.folder.annotate import collect, page
 from nanocpo.folder.expert import agreement, calibrate, held_out, in_context, told
 from nanocpo.folder.proposals import FILE, read, unjudged
@@ -158,7 +157,7 @@ def test_the_page_shows_them_apart_from_verdicts(folder):
 def test_a_file_that_fits_no_more_is_told(folder, text, words):
     (folder / FILE).write_text(text)
     with pytest.raises(DataError, match=f"{FILE}: these are no proposals for this tree .*{words}"
-                                        ".*; delete the file, or have nanocpo.propose write it"):
+                                        ".*; delete the file, or have propose.py write it"):
         page(folder, CRITERIA)
 
 

@@ -1,5 +1,7 @@
 """The generator of mutants: what it makes of a line, where it plants it, what it leaves alone."""
 import ast
+import subprocess
+import sys
 from argparse import Namespace
 from pathlib import Path
 
@@ -98,6 +100,32 @@ def test_tests_keep_the_order_of_their_file():
                                                  "tests/test_c.py::x", "tests/test_c.py::y")]
     Only(["tests/test_c.py::y", "tests/test_a.py"]).pytest_collection_modifyitems(items)
     assert [item.nodeid[11:] for item in items] == ["a.py::b", "a.py::a", "c.py::y"]
+
+
+def test_a_crowd_is_halved_down_to_what_a_test_notices(tmp_path):
+    """In a process of its own, for it forks. Two of three changes are noticed, one by a test whose
+    name holds spaces; a test that is not there notices nothing."""
+    (tmp_path / "root/tests").mkdir(parents=True)
+    (tmp_path / "root/x.py").write_text("a = 1\nb = 2\nc = 3\n")
+    (tmp_path / "root/tests/test_x.py").write_text(
+        "import pytest, x\n\n\n@pytest.mark.parametrize('what', ['of two words'])\n"
+        "def test_a(what):\n    assert x.a == 1\n\n\ndef test_b():\n    assert x.b == 2\n")
+    script = """
+import sys
+from pathlib import Path
+from random_mutants import Change, Copy, crowd, run_all
+root = Path(sys.argv[1]) / "root"
+copy = Copy(root, sorted(root.rglob("*.py")), root.parent / "copy")
+some = [Change("x.py", i, i + 1, "7", "constant") for i in (4, 10, 16)]
+caught = crowd([copy], some, ["tests/test_x.py"], lambda text: None)
+print([(change.start, test) for change, test in caught.items()])
+print([row[1] for row in run_all([copy], [(0, some, ["tests/test_x.py::test_none"])])])
+"""
+    done = subprocess.run([sys.executable, "-B", "-c", script, str(tmp_path)], capture_output=True,
+                          text=True, cwd=Path(__file__).parent)
+    assert done.stdout.splitlines() == [
+        "[(4, 'tests/test_x.py::test_a[of two words]'), (10, 'tests/test_x.py::test_b')]",
+        "[0]"], done.stderr
 
 
 def test_wilson_interval():

@@ -5,7 +5,7 @@
 
 The page shows each picture beside the criteria tree (criteria.json in the folder, --tree, or the
 embedded one). It begins with what metadata.jsonl says already; what was judged since is kept by the
-browser. Run it again after adding pictures, or after nanocpo.propose: what the auxiliary proposes
+browser. Run it again after adding pictures, or after propose.py: what the auxiliary proposes
 is shown with a question mark, and counts once you confirmed it.
 """
 import argparse

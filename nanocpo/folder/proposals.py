@@ -1,5 +1,5 @@
 """Verdicts that the auxiliary proposes for pictures that nobody judged: FOLDER/proposals.json.
-nanocpo/propose.py writes it, the page of annotate.py shows it; training never reads it.
+nanocpo/folder/propose.py writes it, the page of annotate.py shows it; training never reads it.
 
 A teacher proposes here what it will be taught: confirm what you see, not what it says.
 """
@@ -97,4 +97,4 @@ def read(folder, criteria):
         return found, told(content["agreement"])
     except (ValueError, KeyError, TypeError, OSError) as error:
         raise DataError(f"{path}: these are no proposals for this tree ({error}); delete the file, "
-                        "or have nanocpo.propose write it again") from error
+                        "or have propose.py write it again") from error

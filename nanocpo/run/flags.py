@@ -112,13 +112,13 @@ def _for_processes(parser, settings):
 
 
 def parse_sampling(description, argv, kinds=SAMPLING):
-    """The flags of sample.py, or with kinds=PROPOSING of nanocpo.propose -> (Sampling or Proposing,
-    Weights). Ends the program on wrong flags."""
+    """The flags of sample.py, or with kinds=PROPOSING of folder/propose.py -> (Sampling or
+    Proposing, Weights). Ends the program on wrong flags."""
     toy, stable_diffusion = kinds.values()
     parser, argv = _parser(description, argv, [toy], [stable_diffusion])
     args = vars(parser.parse_args(argv))
     asked, weights = (type(part)(**{f.name: args[f.name] for f in fields(part)})
-                         for part in (toy, Weights()))
+                      for part in (toy, Weights()))
     with _told(parser):
         weights.check()
         asked.check()

@@ -323,7 +323,7 @@ SAMPLING = {"toy": Sampling(), "stable diffusion": Sampling(guidance=7.5, steps=
 
 @dataclass(frozen=True)
 class Proposing:
-    """nanocpo/propose.py: who is asked, about which pictures, and how thoroughly."""
+    """nanocpo/folder/propose.py: who is asked, about which pictures, and how thoroughly."""
     data: str | None = setting(None, "the folder of the pictures")
     tree: str | None = setting(None, "criteria as JSON; default: criteria.json in the folder, else "
                                "nanocpo/toy/paintings.json")

@@ -200,10 +200,10 @@ class StableDiffusion:
         return report(self.settings, held, base, auxiliary, target, columns, step)
 
 
-# --- nanocpo/propose.py
+# --- nanocpo/folder/propose.py
 
 class StableDiffusionJudge:
-    """What nanocpo.propose asks of Stable Diffusion (see Judge in nanocpo/folder/proposals.py).
+    """What folder/propose.py asks of Stable Diffusion (see Judge in nanocpo/folder/proposals.py).
     Raises ValueError without an auxiliary."""
 
     def __init__(self, how, weights, criteria):

@@ -124,10 +124,10 @@ class Toy:
                       settings.report, settings.common.seed, seconds)
 
 
-# --- nanocpo/propose.py
+# --- nanocpo/folder/propose.py
 
 class ToyJudge:
-    """What nanocpo.propose asks of the toy (see Judge in nanocpo/folder/proposals.py). Raises
+    """What folder/propose.py asks of the toy (see Judge in nanocpo/folder/proposals.py). Raises
     ValueError where the auxiliary knows another tree than the folder's, criteria."""
 
     def __init__(self, how, criteria):

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from . import ranks
-from .files import NotAFile, ordinary, parse
+from .files import NotAFile, ordinary, parse, read_text
 
 
 @contextmanager
@@ -92,7 +92,7 @@ def save_json(path, content):
 def read_json(path):
     """The dict in a JSON file that can be made again; {} where there is none, or no such file."""
     try:
-        content = parse(ordinary(path).read_text(encoding="utf-8"))
+        content = parse(read_text(path, "utf-8"))
     except (FileNotFoundError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}

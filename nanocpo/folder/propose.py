@@ -1,20 +1,20 @@
 """Propose verdicts for pictures that nobody judged: the auxiliary's, for a person to confirm.
 
-    python -m nanocpo.propose --data paintings --checkpoint out_mine/auxiliary.pt
-    python -m nanocpo.propose --data paintings --weights sd15 --lora out_sd/auxiliary.safetensors
+    python -m nanocpo.folder.propose --data paintings --checkpoint out_mine/auxiliary.pt
+    python -m nanocpo.folder.propose --data paintings --weights sd15 --lora auxiliary.safetensors
 
 It writes proposals.json into the folder, which the page of nanocpo/folder/annotate.py shows, and
 says how often the auxiliary is right about pictures that are judged already and were held out from
 training. How it judges: nanocpo/folder/expert.py.
 """
-from .folder.annotate import collect
-from .folder.proposals import propose, table, unjudged
-from .folder.reading import folder_criteria
-from .run.flags import parse_sampling
-from .run.settings import PROPOSING
-from .sd.world import StableDiffusionJudge
-from .toy.world import ToyJudge
-from .utils.cli import command
+from .annotate import collect
+from .proposals import propose, table, unjudged
+from .reading import folder_criteria
+from ..run.flags import parse_sampling
+from ..run.settings import PROPOSING
+from ..sd.world import StableDiffusionJudge
+from ..toy.world import ToyJudge
+from ..utils.cli import command
 
 
 def main(argv=None):
