@@ -2,7 +2,6 @@
 
     python benchmarks/gpu.py --out gpu.md       # about half an hour
 """
-import argparse
 import subprocess
 import sys
 import time
@@ -11,6 +10,9 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT)]                                   # run from a clone without installing
+from nanocpo.utils.cli import Parser, command  # noqa: E402
+
 SD = "benchmarks/sd.py step --device cuda --dtype bfloat16 --steps 6"
 COMMANDS = (
     "benchmarks/step.py --device cuda", "benchmarks/step.py --device cuda --bf16",
@@ -22,7 +24,7 @@ COMMANDS = (
 
 def main(argv=None):
     """Run the commands; one that fails does not stop the others."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = Parser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", default="gpu.md", help="what was printed, as Markdown")
     parser.add_argument("--models", default="out_gpu", help="folder for what the main job trains")
     args = parser.parse_args(argv)
@@ -43,4 +45,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    command(main)

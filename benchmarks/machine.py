@@ -1,9 +1,21 @@
 """What the benchmarks ask of the machine: seconds, memory, the speed of its matrix products."""
+import argparse
 import resource
 import sys
 import time
 
 import torch
+
+
+def multiple(of, kind=int):
+    """An argparse type: a positive multiple of `of`, as the layers of a UNet need it."""
+    def parse(text):
+        value = kind(text)
+        if not 0 < value < float("inf") or abs(value / of - round(value / of)) > 1e-9:
+            raise argparse.ArgumentTypeError(f"must be a multiple of {of:g}, not {text}")
+        return value
+    parse.__name__ = kind.__name__
+    return parse
 
 
 def now(device):

@@ -23,7 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]                  # run from a clone without installing
-from machine import now, peak, product  # noqa: E402
+from machine import multiple, now, peak, product  # noqa: E402
 
 from nanocpo.losses import cpo_loss  # noqa: E402
 from nanocpo.sd.lora import LoRA  # noqa: E402
@@ -31,6 +31,8 @@ from nanocpo.sd.model import recomputed  # noqa: E402
 from nanocpo.sd.names import PRESETS  # noqa: E402
 from nanocpo.sd.weights import unet_config  # noqa: E402
 from nanocpo.unet import UNet  # noqa: E402
+from nanocpo.utils.cli import Parser, above, command  # noqa: E402
+from nanocpo.utils.device import pick_device  # noqa: E402
 
 CHANNELS = {"1": (320, 640, 1280, 1280), "xl": (320, 640, 1280)}
 COMPARED = {"memory": ("adapters", "unets"), "step": ("adapters", "peft")}
@@ -189,7 +191,7 @@ def measure_time(args):
 def one(args):
     """Print the peak memory over the imports (MiB), the seconds of a step of one kind, and its
     share of the speed of matrix products (0: not measured)."""
-    before = 0 if args.device.startswith("cuda") else peak(args.device)
+    before = 0 if torch.device(args.device).type == "cuda" else peak(args.device)
     seconds, flops = cpo_steps(args, args.what, args.steps)
     later = sorted(seconds[1:] or seconds)
     median, most = later[len(later) // 2], peak(args.device)
@@ -215,23 +217,24 @@ def flops(args):
 
 def main(argv=None):
     """Parse the flags, measure, print."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0],
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = Parser(description=__doc__.split("\n")[0],
+                    formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("what", choices=["memory", "time", "step", "flops", "adapters", "unets",
                                          "peft"],
                         help="the last three measure one kind of memory and step")
     parser.add_argument("--model", choices=list(CHANNELS), default="1")
-    parser.add_argument("--width", type=float, default=1.0,
+    parser.add_argument("--width", type=multiple(0.1, float), default=1.0,
                         help="share of the channels: 0.1, 0.2 ..., for groups of 32")
-    parser.add_argument("--size", type=int, default=64, help="of the latent, an eighth of the "
+    parser.add_argument("--size", type=above(0), default=64, help="of the latent, an eighth of the "
                         "picture's")
-    parser.add_argument("--rank", type=int, default=8)
-    parser.add_argument("--rounds", type=int, default=5, help="of time")
-    parser.add_argument("--steps", type=int, default=1, help="steps of each kind; with more than "
-                        "one the first does not count")
+    parser.add_argument("--rank", type=above(0), default=8)
+    parser.add_argument("--rounds", type=above(0), default=5, help="of time")
+    parser.add_argument("--steps", type=above(0), default=1,
+                        help="steps of each kind; with more than one the first does not count")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--checkpointing", action="store_true")
-    parser.add_argument("--device", default="cpu", help="cpu or cuda; time is for the CPU")
+    parser.add_argument("--device", type=pick_device, default="cpu",
+                        help="cpu or cuda; time is for the CPU")
     args = parser.parse_args(argv)
     if args.what in ("time", "flops"):
         return measure_time(args) if args.what == "time" else flops(args)
@@ -255,4 +258,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    command(main)

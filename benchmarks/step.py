@@ -25,7 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]                  # run from a clone without installing
-from machine import peak, product  # noqa: E402
+from machine import multiple, peak, product  # noqa: E402
 
 import nanocpo.method as method  # noqa: E402
 import nanocpo.train as train  # noqa: E402
@@ -37,6 +37,7 @@ from nanocpo.model import Model, PromptEncoder  # noqa: E402
 from nanocpo.run.settings import TOY  # noqa: E402
 from nanocpo.run.stages import alignment_step, sft_loss_step  # noqa: E402
 from nanocpo.unet import UNetConfig  # noqa: E402
+from nanocpo.utils.cli import Parser, above, command  # noqa: E402
 from nanocpo.utils.device import pick_device  # noqa: E402
 from nanocpo.utils.muon import Muon  # noqa: E402
 
@@ -361,15 +362,15 @@ def plot(found, path):
 
 def main(argv=None):
     """Parse the flags, measure, print."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0],
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = Parser(description=__doc__.split("\n")[0],
+                    formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("what", nargs="?", choices=["compare", "growth", "one"],
                         default="compare", help="one: a single size of growth")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=5, help="of a round")
-    parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--size", type=int, default=32, help="side of a picture (one)")
-    parser.add_argument("--width", type=float, default=1.0,
+    parser.add_argument("--rounds", type=above(0), default=5)
+    parser.add_argument("--steps", type=above(0), default=5, help="of a round")
+    parser.add_argument("--batch", type=above(0), default=32)
+    parser.add_argument("--size", type=multiple(8), default=32, help="side of a picture (one)")
+    parser.add_argument("--width", type=multiple(0.25, float), default=1.0,
                         help="share of the UNet's channels (one)")
     parser.add_argument("--bf16", action="store_true")
     parser.add_argument("--device", type=pick_device, default="auto", help="auto, cpu, cuda, mps")
@@ -379,4 +380,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    command(main)

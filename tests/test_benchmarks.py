@@ -66,6 +66,26 @@ def test_a_part_inside_a_part_counts_once(monkeypatch):
     assert watch.seconds == {"outer": 2.0, "inner": 5.0}
 
 
+@pytest.mark.parametrize("name, flags, told", [
+    ("step", "--steps 0", "argument --steps: must be above 0, not 0"),
+    ("step", "one --width 0.3", "argument --width: must be a multiple of 0.25, not 0.3"),
+    ("step", "one --width nan", "argument --width: must be a multiple of 0.25, not nan"),
+    ("step", "one --width -0.5", "argument --width: must be a multiple of 0.25, not -0.5"),
+    ("step", "one --size 12", "argument --size: must be a multiple of 8, not 12"),
+    ("step", "one --batch x", "argument --batch: invalid int value: 'x'"),
+    ("sd", "step --width 0.05", "argument --width: must be a multiple of 0.1, not 0.05"),
+    ("sd", "step --width inf", "argument --width: must be a multiple of 0.1, not inf"),
+    ("sd", "step --rank 0", "argument --rank: must be above 0, not 0"),
+    ("sd", "step --device abacus", "argument --device: torch cannot use abacus"),
+    ("gpu", "--out=", "argument --out: is empty"),
+])
+def test_a_wrong_flag_is_told_in_one_line(name, flags, told, capsys):
+    with pytest.raises(SystemExit) as ended:
+        script(name)["main"](flags.split())
+    said = capsys.readouterr().err
+    assert ended.value.code == 2 and told in said and said.count("\n") == 1
+
+
 def test_without_a_gpu_it_says_so(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit, match="torch finds no GPU here"):

@@ -177,6 +177,19 @@ def test_json_has_no_nan(tmp_path):
     assert read_json(tmp_path / "none.json") == {}
 
 
+def test_a_sealed_file_is_read_only_as_it_was_written(tmp_path):
+    path, content = tmp_path / "x.json", {"a": [1, 2.5], "b": {"c": "d"}}
+    save_json(path, content, sealed=True)
+    assert read_json(path, sealed=True) == content and content.keys() == {"a", "b"}
+    written = path.read_text()
+    assert json.loads(written).keys() == {"a", "b", "checksum"}
+    for other in (written.replace("2.5", "2.6"), written.replace('"d"', '"e"'),
+                  written.replace('"c"', '"C"'), written.replace("checksum", "sum"),
+                  json.dumps(content), "[]", "{}"):
+        path.write_text(other)
+        assert read_json(path, sealed=True) == {}
+
+
 class Malicious:
     """Unpickling it makes a folder."""
     def __init__(self, folder):
@@ -267,7 +280,8 @@ def test_what_is_there_is_used_again(tiny, tmp_path):
     kept = json.loads((tmp_path / "rows.json").read_text())
     assert list(kept["rows"]) == ["base", "auxiliary", "auxiliary_prompted", "auxiliary_guided"]
     kept["rows"]["base"]["neg"] = 99
-    (tmp_path / "rows.json").write_text(json.dumps(kept))
+    kept.pop("checksum")
+    save_json(tmp_path / "rows.json", kept, sealed=True)
     # with another seed everything is measured anew
     for seed, neg in (("0", 99), ("1", report["rows"]["base"]["neg"])):
         again = train_cpo.main([*common, "--name", "again", "--steps", "2", "--samples", "16",

@@ -94,6 +94,16 @@ def test_a_cache_that_is_no_file_is_made_again(tmp_path):
     assert path.is_file() and torch.equal(model.cached(tmp_path, "key", None), made)
 
 
+def test_a_cache_of_which_one_byte_has_changed_is_made_again(tmp_path):
+    made = model.cached(tmp_path, "key", lambda: torch.linspace(1, 2, 64))
+    (path,) = tmp_path.iterdir()
+    content = bytearray(path.read_bytes())
+    content[content.index(made.numpy().tobytes()) + 3] ^= 1
+    path.write_bytes(content)
+    assert torch.equal(model.cached(tmp_path, "key", lambda: made + 5), made + 5)
+    assert torch.equal(model.cached(tmp_path, "key", None), made + 5)
+
+
 def test_what_may_not_be_read_is_not_called_damaged(tmp_path, monkeypatch):
     (tmp_path / "a.png").write_bytes(b"x")
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png", "caption": "x"}')
@@ -132,7 +142,7 @@ def test_a_broken_result_of_a_study_is_named(tmp_path):
         path.write_text(broken)
         with pytest.raises(ValueError, match="key.json does not say what .* or damaged.; delete"):
             room.read(run)
-    save_json(path, {"made_of": room.made_of(run)})
+    save_json(path, {"made_of": room.made_of(run)}, sealed=True)
     for broken in (b"", b"PK\3\4", b"x" * 99, b"npy"):
         path.with_suffix(".npz").write_bytes(broken)
         with pytest.raises(ValueError, match="key.npz: not the pictures of a run, or damaged"):

@@ -18,8 +18,9 @@ from nanocpo.toy.evaluate import (all_prompts, asked, diversity, evaluate, frech
                                   measure_row, real_positive, roughness, seen, to_nearest, unfit)
 from nanocpo.toy.painter import CAPTIONS, HATCHING, HUES, LEAVES, paint
 from nanocpo.toy.paintings import from_painter
-from nanocpo.toy.report import code_digest, report, table
+from nanocpo.toy.report import code, report, table
 from nanocpo.toy.world import Toy
+from nanocpo.utils.checkpoint import code_digest
 from nanocpo.utils.report import interval
 
 
@@ -181,6 +182,10 @@ def test_rows_are_kept_for_one_model_one_setting_and_one_code(monkeypatch, tmp_p
                    '{"rows": [], "made_of": {}}'):                # then it is made again
         (tmp_path / "out" / "rows.json").write_text(broken)
         assert measured() == [*kept, "target"] and measured() == ["target"]
+    whole = (tmp_path / "out" / "rows.json").read_text()            # and one that was written into
+    assert whole.count('"base"') == 1
+    (tmp_path / "out" / "rows.json").write_text(whole.replace('"base"', '"bases"'))
+    assert measured() == [*kept, "target"] and measured() == ["target"]
 
     monkeypatch.setattr(module, "__file__", str(tmp_path / "nanocpo" / "toy" / "report.py"))
     digests = []                                                  # of the code, file by file
@@ -188,7 +193,7 @@ def test_rows_are_kept_for_one_model_one_setting_and_one_code(monkeypatch, tmp_p
         path = tmp_path / "nanocpo" / file
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(f"another {file}")
-        digests.append(code_digest())
+        digests.append(code_digest(*code()))
         assert measured() == [*kept, "target"] and measured() == ["target"]
     assert len(set(digests)) == 3
 

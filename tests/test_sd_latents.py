@@ -8,9 +8,11 @@ from PIL import Image
 
 import sd_tiny
 from nanocpo.data import Batch, to_tensor
+from nanocpo.folder import reading
 from nanocpo.folder.reading import DataError
 from nanocpo.method import add_noise
 from nanocpo.run.flags import parse_training
+from nanocpo.sd import latents, vae
 from nanocpo.sd.latents import LatentPaintings, buckets, load_latents, nearest
 from nanocpo.sd.vae import VAE
 from nanocpo.sd.world import StableDiffusion
@@ -48,12 +50,12 @@ def test_a_broad_picture_has_broad_latents(tmp_path):
                                    "--device", "cpu"], ("common",))
     data = load_latents(settings.common, settings.weights, base)
     assert data.captions == ["broad", "tall"]
-    for latents, pixels in zip(data.images, (sheet, sheet.transpose(1, 0, 2))):
+    for encoded, pixels in zip(data.images, (sheet, sheet.transpose(1, 0, 2))):
         height, width = (side // 3 * 2 for side in pixels.shape[:2])                  # 64 x 32
         small = np.array(Image.fromarray(pixels).resize((width, height), Image.LANCZOS))
-        assert latents.shape == (4, height // 8, width // 8)
+        assert encoded.shape == (4, height // 8, width // 8)
         with torch.no_grad():
-            torch.testing.assert_close(latents, base.latents.encode(to_tensor(small[None]))[0])
+            torch.testing.assert_close(encoded, base.latents.encode(to_tensor(small[None]))[0])
 
 
 def test_a_batch_has_one_shape():
@@ -152,6 +154,13 @@ def test_latents_are_computed_once(files, tmp_path, monkeypatch, capsys):
     assert ("4 of 12 pictures are enlarged, since they are smaller than --resolution 80 asks"
             in capsys.readouterr().out)
     assert shapes("--no-cache")[1] == 12
+    for module in (reading, vae, latents):                     # other code that reads or encodes
+        with monkeypatch.context() as changed:
+            code = tmp_path / "code.py"
+            code.write_text(f"# another {module.__name__}")
+            changed.setattr(module, "__file__", str(code))
+            assert shapes()[1] == 12
+    assert shapes()[1] == 0
     picture = next(files[1].glob("0.png"))
     before = picture.read_bytes()
     Image.new("RGB", (70, 70), "red").save(picture)

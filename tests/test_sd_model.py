@@ -13,6 +13,7 @@ from nanocpo.criteria import Criteria, Prompt
 from nanocpo.data import Batch
 from nanocpo.method import preference_prompts
 from nanocpo.model import load_model
+from nanocpo.sd import clip
 from nanocpo.sd.model import Backbone, SDModel, cached, windows
 from nanocpo.sd.tokenizer import Tokenizer
 from nanocpo.toy.paintings import from_painter
@@ -255,7 +256,7 @@ def count_runs(model):
     return runs
 
 
-def test_encoded_prompts_are_kept_on_disk(tmp_path):
+def test_encoded_prompts_are_kept_on_disk(tmp_path, monkeypatch):
     model = tiny(cache=tmp_path)
     runs = count_runs(model)
     first = model.text.tokens(["a boat", "a tree"])[0]
@@ -271,6 +272,12 @@ def test_encoded_prompts_are_kept_on_disk(tmp_path):
     runs = count_runs(changed)
     # other weights
     assert not torch.equal(changed.text.tokens(["a boat"])[0], first[:1]) and len(runs) == 1
+    code = tmp_path.parent / "clip.py"
+    code.write_text("# another text encoder")
+    monkeypatch.setattr(clip, "__file__", str(code))
+    newer = tiny(cache=tmp_path)
+    runs = count_runs(newer)
+    assert torch.equal(newer.text.tokens(["a boat"])[0], first[:1]) and len(runs) == 1
     for file in tmp_path.iterdir():
         file.write_bytes(file.read_bytes()[:50])
     again = tiny(cache=tmp_path)

@@ -9,9 +9,11 @@ import torch
 from tqdm import tqdm
 
 from ..data import Batch, Paintings, to_tensor
+from ..folder import reading
 from ..folder.reading import folder_criteria, open_picture, read_folder
 from ..utils import ranks
-from ..utils.checkpoint import fingerprint
+from ..utils.checkpoint import code_digest, fingerprint
+from . import vae as autoencoder
 from .model import cached
 
 
@@ -64,8 +66,8 @@ class LatentPaintings(Paintings):
 
 def load_latents(common, weights, base, rows=None):
     """The folder --data as LatentPaintings. common, weights: of the settings; base: an SDModel;
-    rows: see read_folder. The cache's key holds the VAE's weights, the picture's bytes and its
-    size."""
+    rows: see read_folder. The cache's key holds the VAE's weights, the code that reads and
+    encodes, the picture's bytes and its size."""
     if not Path(common.data).is_dir():
         raise ValueError(f"--data {common.data}: with --weights it is a folder with pictures and "
                          "metadata.jsonl")
@@ -73,7 +75,8 @@ def load_latents(common, weights, base, rows=None):
     sizes, vae, cache = buckets(resolution, weights.bucket_step), base.latents, base.text.cache
     enlarged, bar = [], tqdm(desc="latents", leave=False, mininterval=2,
                          disable=not ranks.first())
-    key = f"{vae.config} {fingerprint(vae)}" if cache else ""
+    code = code_digest(__file__, reading.__file__, autoencoder.__file__)
+    key = f"{vae.config} {fingerprint(vae)} {code}" if cache else ""
 
     def latents(path):
         def shape(size):

@@ -16,9 +16,9 @@ from torch.utils.checkpoint import checkpoint
 from ..criteria import Prompt
 from ..losses import at_least_float32
 from ..model import Model
-from ..utils.checkpoint import fingerprint, save_checkpoint
+from ..utils.checkpoint import code_digest, fingerprint, save_checkpoint, unpacked
 from ..utils.device import send
-from ..utils.files import ordinary
+from . import clip
 from .lora import LoRA
 
 
@@ -29,7 +29,7 @@ def cached(folder, key, make):
         return make()
     path = Path(folder) / f"{hashlib.sha256(key.encode()).hexdigest()}.pt"
     try:
-        return torch.load(ordinary(path), weights_only=True)
+        return unpacked(path)
     except Exception:                                             # not there, or damaged
         value = make()
         save_checkpoint(path, value)
@@ -75,7 +75,7 @@ class Backbone:
         self.resting = False
         self.config = {"kind": "lora", "size": list(size)}
         self.key = (f"{[encoder.config for encoder in parts.encoders]} "
-                    f"{fingerprint(*parts.encoders)}" if cache else "")
+                    f"{fingerprint(*parts.encoders)} {code_digest(clip.__file__)}" if cache else "")
         if checkpointing:
             for level in (*parts.unet.down_blocks, parts.unet.mid_block, *parts.unet.up_blocks):
                 level.step = partial(recomputed, level.step, self.lora)

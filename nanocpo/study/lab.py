@@ -5,7 +5,6 @@ Each run leaves OUT/study/NAME/KEY.json (and a grid of pictures beside it) and i
 Base, auxiliary and data are those of --seed; a run has its own training and sampling seed.
 """
 import argparse
-import hashlib
 import multiprocessing
 import os
 import time
@@ -25,7 +24,7 @@ from ..run.stages import alignment_step, ready_auxiliary, stage_1, stage_2
 from ..toy import critic, evaluate, painter
 from ..toy.world import Toy
 from ..utils.log import BINS, summarize
-from ..utils.checkpoint import load_checkpoint, read_json, save_json, use_again
+from ..utils.checkpoint import code_digest, load_checkpoint, read_json, save_json, use_again
 from ..utils.files import ordinary
 from ..utils.grid import save_grid
 from ..utils.muon import Muon
@@ -139,7 +138,7 @@ class Lab:
         """The result of a finished run. Its pictures are judged again when the critic (or what is
         measured) has changed since."""
         path, pictures = self.path(run[0]), self.path(run[0], "npz")
-        result = read_json(path)                    # {} of one that is broken
+        result = read_json(path, sealed=True)           # {} of one that is broken
         use_again(path, result.get("made_of"), self.made_of(run),
                   cure="delete it or choose another --out")
         if pictures.exists() and result.get("judged by") != judge_digest():
@@ -152,7 +151,7 @@ class Lab:
                                  ) from error
             result |= {"row": row_of(images, self.models["base"], args.seed),
                        "judged by": judge_digest()}
-            save_json(path, result)
+            save_json(path, result, sealed=True)
         return result
 
     def make(self, run):
@@ -163,8 +162,9 @@ class Lab:
                        sample_every=0)
         path.parent.mkdir(parents=True, exist_ok=True)
         start = time.time()
-        save_json(path, {"key": key, "made_of": self.made_of(run), "judged by": judge_digest()}
-                  | KINDS[kind](self, args) | {"wall": round(time.time() - start, 1)})
+        result = {"key": key, "made_of": self.made_of(run), "judged by": judge_digest()}
+        result |= KINDS[kind](self, args)
+        save_json(path, result | {"wall": round(time.time() - start, 1)}, sealed=True)
 
 
 def make_in_process(args, run, labs={}):
@@ -176,8 +176,7 @@ def make_in_process(args, run, labs={}):
 @cache
 def judge_digest():
     """A digest of the code that turns pictures into a row."""
-    files = [Path(module.__file__) for module in (critic, evaluate, painter)]
-    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+    return code_digest(*(module.__file__ for module in (critic, evaluate, painter)))
 
 
 def row_of(images, base, seed):

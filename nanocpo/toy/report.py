@@ -5,14 +5,13 @@
 measures checkpoints alone. How a row is measured is in evaluate.py.
 """
 import argparse
-import hashlib
 import time
 from pathlib import Path
 
 from ..data import to_images
 from ..model import load_model
 from ..run.settings import record
-from ..utils.checkpoint import differences, fingerprint, read_json, save_json
+from ..utils.checkpoint import code_digest, differences, fingerprint, read_json, save_json
 from ..utils.cli import SEED, Parser, above, command, number
 from ..utils.device import pick_device
 from ..utils.report import write_report
@@ -30,18 +29,16 @@ def report(out, name, base, auxiliary, target, settings, seed, seconds):
     how = settings.samples, seed, settings.sampling_steps, settings.guidance
     start, kept = time.time(), Path(out) / "rows.json"
     made_of = record(settings) | {"seed": seed, "models": fingerprint(base, auxiliary),
-                                  "code": code_digest()}
-    known = read_json(kept)
-    same = (all(isinstance(known.get(part), dict) for part in ("rows", "made_of"))
-            and not differences(known["made_of"], made_of))
-    known = known["rows"] if same else {}
+                                  "code": code_digest(*code())}
+    known = read_json(kept, sealed=True)
+    known = known["rows"] if known and not differences(known["made_of"], made_of) else {}
     missing = {row: pair for row, pair in models.items() if row == name or row not in known}
     result, pictures = evaluate(missing, *how)
     rows = known | result["rows"]
     result["rows"] = {row: rows[row] for row in models}
     result["seconds"] = {"training": seconds, "evaluation": time.time() - start}
-    save_json(kept, {"made_of": made_of,
-                     "rows": {row: x for row, x in result["rows"].items() if row != name}})
+    others = {row: x for row, x in result["rows"].items() if row != name}
+    save_json(kept, {"made_of": made_of, "rows": others}, sealed=True)
 
     shown = min(16, settings.samples)
     captions = [base.captions[i % len(base.captions)] for i in range(shown)]
@@ -56,11 +53,10 @@ def report(out, name, base, auxiliary, target, settings, seed, seconds):
     return result
 
 
-def code_digest():
-    """A digest of all code that decides a row: this folder's, the core's and the tools'."""
+def code():
+    """The files of all code that decides a row: this folder's, the core's and the tools'."""
     here = Path(__file__).parent
-    files = sorted([*here.glob("*.py"), *here.parent.glob("*.py"), *here.parent.glob("utils/*.py")])
-    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
+    return [*here.glob("*.py"), *here.parent.glob("*.py"), *here.parent.glob("utils/*.py")]
 
 
 def table(report):

@@ -79,9 +79,12 @@ def save_checkpoint(path, content):
         temporary.write_bytes(packed.getbuffer())
 
 
-def save_json(path, content):
-    """A JSON file, whole or not at all. Raises ValueError on numbers that JSON does not have."""
+def save_json(path, content, sealed=False):
+    """A JSON file, whole or not at all; sealed: with a checksum, so that a change by another hand
+    is noticed. Raises ValueError on numbers that JSON does not have."""
     try:
+        if sealed:
+            content = content | {"checksum": _checksum(content)}
         text = json.dumps(content, indent=1, allow_nan=False)
     except ValueError as error:
         raise ValueError(f"{path}: a number in it is not finite ({error})") from error
@@ -89,24 +92,37 @@ def save_json(path, content):
         temporary.write_text(text, encoding="utf-8")
 
 
-def read_json(path):
-    """The dict in a JSON file that can be made again; {} where there is none, or no such file."""
+def read_json(path, sealed=False):
+    """The dict in a JSON file that can be made again; {} where there is none, no such file, or one
+    that was sealed and has changed since."""
     try:
         content = parse(read_text(path, "utf-8"))
     except (FileNotFoundError, ValueError):
         return {}
-    return content if isinstance(content, dict) else {}
+    whole = isinstance(content, dict) and (
+        not sealed or content.pop("checksum", None) == _checksum(content))
+    return content if whole else {}
+
+
+def _checksum(content):
+    """Of what JSON keeps of a dict."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def unpacked(path):
+    """What torch.save wrote, on the CPU; any exception if that is not what the file holds now."""
+    if zipfile.is_zipfile(ordinary(path)):          # its checksums, which torch does not compare
+        with zipfile.ZipFile(path) as file:
+            if file.testzip():
+                raise ValueError("its checksum is another")
+    return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def load_checkpoint(path):
     """Read a checkpoint's dict to the CPU. Raises ValueError or OSError that names the file and
     what to do."""
     try:
-        if zipfile.is_zipfile(ordinary(path)):      # its checksums, which torch does not compare
-            with zipfile.ZipFile(path) as file:
-                if file.testzip():
-                    raise ValueError("its checksum is another")
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        content = unpacked(path)
         wrong = _fault(content)
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{path}: no such checkpoint; train_cpo.py makes one") from error
@@ -175,6 +191,11 @@ def fingerprint(*modules):
             digest.update(f"{name} {tuple(p.shape)} {p.dtype}".encode())
             digest.update(p.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()
+
+
+def code_digest(*files):
+    """A digest of source files, in order of their names: what their code made is kept with it."""
+    return hashlib.sha256(b"".join(Path(file).read_bytes() for file in sorted(files))).hexdigest()
 
 
 def differences(was, now):
