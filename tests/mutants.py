@@ -780,9 +780,9 @@ def check():
 
 
 def _python_files():
-    patterns = ("*.py", "nanocpo/**/*", "tests/*.py", "benchmarks/*.py", "exercises/**/*",
-                "docs/**/*.md", "docs/*.html", "docs/report.png", "*.toml", "*.txt",
-                "README.md")
+    patterns = ("*.py", "nanocpo/**/*", "tests/*.py", "tests/pages/*.txt", "benchmarks/*.py",
+                "exercises/**/*", "docs/**/*.md", "docs/*.html", "docs/report.png", "*.toml",
+                "*.txt", "README.md")
     return sorted(p for pattern in patterns for p in ROOT.glob(pattern)
                   if p.is_file() and p.suffix != ".pyc")
 

@@ -79,8 +79,9 @@ def test_methods_searches_then_measures_and_is_never_repeated(out, monkeypatch, 
             if s["kind"] == "align" and s["method"] == "dpo"] == [2] * 7
     assert chosen in study.METHODS["CPO constant"][1] and cpo["made_of"]["lr"] == chosen["lr"]
     assert ("| CPO constant |" in text and " ± " in text and "setting 4" in text
-            and '--only "CPO constant" "Diffusion-DPO" --seeds 1 2 --more-seeds 4 --top 1`;'
-            in text)
+            and "python -m nanocpo.study methods --count 60 --batch 4 --steps 2" in text
+            and " --seeds 1 2 --more-seeds 4 --top 1 --search-samples 8 " in text
+            and "--only 'CPO constant' Diffusion-DPO`;" in text)
     assert (cpo["teacher calls"], dpo["teacher calls"]) == (16, 0)
     assert cpo["displacement"] > 0 and len(cpo["displacement per t"]) == 10
     assert (not list((out / "study" / "methods").glob("*.pt"))
@@ -286,7 +287,7 @@ def test_speed_decoupling_and_guidance(out, monkeypatch):
     assert (list(summary["relative"]) == summary["roots"]
             and all(len(row) == len(summary["roots"]) for row in summary["relative"].values()))
     assert (set(summary["chosen"].values()) == {"k 0"} and "| Color Relations (k 0) |" in text
-            and "--only \"k 0\" --seeds 1 --validation 101`;" in text
+            and "--validation 101 " in text and "--only 'k 0'`;" in text
             and "Largest own share" in text)
     monkeypatch.setattr(study, "GUIDANCE", (1.0, 2.0))
     summary, text = run(out, "guidance", "--seeds", "1")
@@ -321,7 +322,7 @@ def test_decoupling_chooses_each_branch_dose_on_all_validation_seeds(out, monkey
     assert (summary["relative"]["Finish"]
             == [[1.04, 1.04]] * (len(roots) - 1) + [[0.2, 0.2]] and roots[-1] == "Finish")
     assert ("Largest own share 0.20, largest change of another 0.04." in text
-            and "seeds 101, 102" in text and "--seeds 4 5`" in text)
+            and "seeds 101, 102" in text and "--seeds 4 5 " in text)
 
 
 def test_runs_shared_among_processes_are_those_made_one_by_one(out, monkeypatch):
@@ -669,6 +670,12 @@ def test_disturbances_of_the_networks_pictures():
     assert float(blocks.std()) == pytest.approx(0.12, rel=0.05)    # of the range 2 of a tensor
     assert float(second_opinion.disturb(x, noise=0.03, generator=noise).std()) == pytest.approx(
         0.06, rel=0.05)
+    dot = torch.full((1, 3, 32, 32), -1.0)
+    dot[0, :, 9, 20] = 1.0
+    weights = np.exp(-np.arange(-3, 4) ** 2 / (2 * 0.9 ** 2))       # by hand, down and across
+    kernel = np.outer(weights, weights) / weights.sum() ** 2
+    around = second_opinion.disturb(dot, blur=0.9, generator=noise)[0, 1, 6:13, 17:24]
+    assert np.allclose((around + 1) / 2, kernel, atol=1e-6)
     edge = torch.where(torch.arange(32) < 16, -1.0, 1.0).expand(2, 3, 32, 32)
     soft = second_opinion.disturb(edge, torch.tensor([0.6, 0.0]), generator=noise)
     assert torch.equal(soft[1], edge[1]) and -0.9 < float(soft[0, 0, 5, 15]) < -0.3

@@ -47,8 +47,8 @@ def expert(lab):
     text = "\n".join("| " + " | ".join(line) + " |" for line in lines)
     about = (f"Share of right verdicts in %, {count} pictures; 50 is chance. Without calibration "
              "the cut is at 0. In the first round the prompts name the caption and one leaf, in "
-             "further ones what was found of the others too. `python -m nanocpo.study "
-             f"expert`, base and auxiliary of seed {args.seed}.")
+             "further ones what was found of the others too. "
+             f"`{args.command}`, base and auxiliary of seed {args.seed}.")
     folder = Path(args.results)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "expert.json").write_text(json.dumps({"leaves": names, "rows": rows}, indent=1),

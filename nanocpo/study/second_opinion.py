@@ -162,7 +162,7 @@ def critic(lab):
              "Share called negative: critic / first / second.", table(lists(negative), names),
              "Share of the critic's scores within half a unit of the threshold.",
              table({row: [by] for row, by in close.items()}, names), "![chart](critic.png)",
-             f"`python -m nanocpo.study critic`; {args.samples} pictures a row, "
+             f"`{args.command}`; {args.samples} pictures a row, "
              f"{args.sampling_steps} sampling steps, sampling seed {args.seed}; the target, if "
              f"there is one, is OUT/target.pt; networks: {STEPS} steps of 64."]
     folder = Path(args.results)

@@ -15,13 +15,16 @@ own), and measured on fresh seeds; intervals are 95 % over seeds (Student's t).
 import json
 import os
 import platform
+import shlex
 import time
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
 
 from ..losses import RULES
 from ..run.flags import parse_training
+from ..run.settings import CPO, SFT, Common, Report
 from ..toy import evaluate
 from ..utils.cli import SEED, above
 from ..utils.grid import save_grid
@@ -148,25 +151,19 @@ def markdown(header, rows):
                      for row in (header, ["---"] * len(header), *rows))
 
 
-def publish(args, summary, *parts):
+def publish(args, summary, *parts, measured=None):
     """docs/results/NAME.json and .md (NAME_mixed for another regime); returns the stem for
-    the chart."""
+    the chart. measured: on what, in words; usually the rows of all seeds."""
     folder = Path(args.results)
     folder.mkdir(parents=True, exist_ok=True)
     stem = args.study if args.data == "flawed" else f"{args.study}_{Path(args.data).name}"
     (folder / f"{stem}.json").write_text(
         json.dumps(summary, indent=1, ensure_ascii=False), encoding="utf-8")
-    some = " --only " + " ".join(f'"{name}"' for name in args.only) if args.only else ""
-    some += " --bases " + " ".join(Path(base).name for base in args.bases) if args.bases else ""
-    for flag, usual in (("seeds", [1, 2, 3]), ("validation", [101, 102]), ("more_seeds", [4, 5]),
-                        ("top", [5])):
-        values = np.atleast_1d(vars(args)[flag]).tolist()
-        some += (f" --{flag.replace('_', '-')} {' '.join(map(str, values))}"
-                 if values != usual else "")
-    how = (f"`python -m nanocpo.study {args.study} --data {args.data}{some}`; "
-           f"{args.steps} steps of {args.batch} pictures, {args.samples} pictures a row, "
-           f"{args.sampling_steps} sampling steps, seeds {', '.join(map(str, args.seeds))} "
-           f"(95 % intervals over seeds, Student's t), base and auxiliary of "
+    measured = measured or (
+        f"{args.samples} pictures a row, {args.sampling_steps} sampling steps, seeds "
+        f"{', '.join(map(str, args.seeds))} (95 % intervals over seeds, Student's t)")
+    how = (f"`{args.command}`; "
+           f"{args.steps} steps of {args.batch} pictures, {measured}, base and auxiliary of "
            f"{'the folders of --bases' if args.bases else f'seed {args.seed}'}, "
            f"{time.strftime('%Y-%m-%d')}, {platform.machine()} with {os.cpu_count()} cores.")
     text = "\n\n".join([f"# {stem.replace('_', ', ')}", *parts,
@@ -363,7 +360,9 @@ def pareto(lab):
                    f"Displacement: E_t |eps - eps_ref|^2 at the model's own pictures. Seed "
                    f"{args.validation[0]}, {args.search_samples} pictures a point, one run each; "
                    f"the base has {base['neg']:.2f} / {base['caption']:.3f}, hue gap "
-                   f"{base['hue_gap']:.2f}.", text)
+                   f"{base['hue_gap']:.2f}.", text,
+                   measured=f"{args.search_samples} pictures a point, {args.sampling_steps} "
+                            f"sampling steps, seed {args.validation[0]}")
     line_chart(f"{stem}.png",
                {name: ([p[0] for p in found], [p[1]["neg"] for p in found], [0] * len(found))
                 for name, found in points.items()},
@@ -396,13 +395,13 @@ def steps_cell(steps, vanilla):
 def speed(lab):
     """#A_neg against optimizer steps at a constant rate, rule by rule; steps to fixed levels, and
     how many times fewer than vanilla's."""
-    lab = Lab(changed(lab.args, steps=lab.args.curve_steps))
+    lab = Lab(changed(lab.args, steps=lab.args.curve_steps, samples=lab.args.curve_samples))
     args, rows = lab.args, chosen_rows(lab.args, SPEED)
     every = max(1, args.steps // 12)
     runs = [(f"{slug(name)}_{seed}", "curve",
-             flags | dict(seed=seed, every=every, samples=args.curve_samples))
+             flags | dict(seed=seed, every=every))
             for name, flags in rows.items() for seed in args.seeds]
-    found, bases = iter(lab.run(runs)), lab.run(base_runs(args.seeds, samples=args.curve_samples))
+    found, bases = iter(lab.run(runs)), lab.run(base_runs(args.seeds))
     start = {key: float(np.mean([b["row"][key] for b in bases]))
              for key in ("neg", "caption", "frechet")}
     curves = {name: [[{"step": 0, **start}, *next(found)["curve"]] for _ in args.seeds]
@@ -647,7 +646,7 @@ def gap(lab):
                    "strength 1). The theorems promise 0 for the winner with `winner`, `safeguard`, "
                    "`balance`, `clamped` and 0 for the loser with `balance`, on free outputs; "
                    "through shared weights they are only a tendency:",
-                   table)
+                   table, measured=f"{args.batches} batches")
     line_chart(f"{stem}.png",
                {pairs: (middles, values, [0] * BINS) for pairs, values in result["gaps"].items()},
                "The gap by timestep", "timestep t (1000: pure noise)", "mean of d squared")
@@ -692,7 +691,7 @@ stabilizer."""
     about = (f"{world.__doc__} A flawed world (`nanocpo/study/mixture.py`): 2 % of its pictures "
              "are good in both attributes. The target is the exact base and a tiny network, "
              f"trained with CPO for {lab.args.world_steps} steps; nothing else is learned. "
-             "`python -m nanocpo.study world`.")
+             f"`{lab.args.command}`.")
     (folder / "world.md").write_text(
         "\n\n".join(["# world", "![the analytic world](world.png)", about, text]) + "\n",
         encoding="utf-8")
@@ -739,9 +738,29 @@ def add_study_flags(parser):
 
 def main(argv=None):
     """Parse the flags and run one study; what is finished is used again."""
-    _, args = parse_training(__doc__, argv, ("common", "sft", "cpo", "report"), check_flags,
-                             extend=add_study_flags)
-    STUDIES[args.study](Lab(args))
+    args = parse(argv)
+    STUDIES[args.study](Lab(changed(args, command=command_of(args))))
+
+
+def parse(argv):
+    """The flags of a study as a Namespace."""
+    return parse_training(__doc__, argv, ("common", "sft", "cpo", "report"), check_flags,
+                          extend=add_study_flags)[1]
+
+
+def command_of(args):
+    """The command that asks for the same: all flags that decide a result and are not as usual."""
+    start = [args.study, *["--quick"] * args.quick]
+    usual, words = parse(start), ["python", "-m", "nanocpo.study", *start]
+    silent = {f.name for part in (Common, SFT, CPO, Report) for f in fields(part)
+              if not f.metadata["decides"]} - {"data", "tree"} | {"results", "jobs"}
+    for name, value in vars(args).items():
+        if name not in silent and value != getattr(usual, name):
+            paths = name in ("bases", "data", "tree")
+            values = [] if value is True else value if isinstance(value, list) else [value]
+            words += [f"--{name.replace('_', '-')}",
+                      *(Path(x).name if paths else str(x) for x in values)]
+    return shlex.join(words)
 
 
 def check_flags(args):

@@ -1,0 +1,205 @@
+"""What each study asks for and what it publishes, word by word: its runs, page, JSON and charts,
+from made-up results, against the files of tests/pages.
+
+A page that changes is meant to be looked at, so after a change on purpose:
+
+    python tests/test_pages.py          # writes tests/pages anew; read the difference
+
+The rules inside (intervals, choices, shares) are checked by hand in test_study.py; here nothing can
+land in another's row or column, or be asked with another setting, without being seen.
+"""
+import json
+import pprint
+import random
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import nanocpo.study.expert as expert
+import nanocpo.study.figure as figure
+import nanocpo.study.lab as lab
+import nanocpo.study.second_opinion as second_opinion
+import nanocpo.study.studies as study
+from nanocpo.losses import RULES
+from nanocpo.toy.paintings import from_painter
+from nanocpo.utils.log import BINS
+
+PAGES = Path(__file__).parent / "pages"
+DATA = from_painter(count=40, regime="mixed")
+ROOTS = [root.name for root in DATA.criteria.roots]
+LEAVES = [leaf.name for leaf in DATA.criteria.leaves]
+# name of the file: flags of the study
+COMMANDS = {
+    "methods": "methods --seeds 1 2 --more-seeds 4 5 --top 2",
+    "methods_mixed": "methods --data mixed --seeds 1 2 3 --more-seeds 4 --top 1 "
+                     "--bases /x/out /x/out1 --validation 7 --only|CPO winner|Diffusion-DPO",
+    "pareto": "pareto --search-samples 99 --only|CPO constant|CPO noisy",
+    "places": "places --seeds 3 4",
+    "speed": "speed --seeds 1 2 --curve-steps 36 --curve-samples 64",
+    "decoupling": "decoupling --seeds 1 2 --validation 101 102 --only|k 0|noisy 0.5",
+    "axes": "axes --seeds 1 2",
+    "annotation": "annotation --seeds 1 2 --only|50 % judged|10 % wrong|teacher of 250 steps",
+    "gap": "gap --batches 3 --step-size 0.002",
+    "guidance": "guidance --seeds 1 2 3 --guidance 2.5",
+    "world": "world --world-steps 77 --seed 5",
+    "expert": "expert --seed 3",
+    "critic": "critic --seed 4 --samples 33"}
+
+
+def made_up(key, kind, args):
+    """A result that depends on the run's key alone."""
+    draw = random.Random(key)
+    number = lambda low, high, digits: round(draw.uniform(low, high), digits)
+    if kind == "gap":
+        return {"gaps": {pairs: [None if i == 1 else number(0, 1, 4) for i in range(BINS)]
+                         for pairs in ("own", "opposite")},
+                "effects": [{"rule": rule, "place": place, "optimizer": optimizer, "samples": 64,
+                             "winner rose": number(0, 1, 2), "loser fell": number(0, 1, 2)}
+                            for rule in RULES for place in ("at the base", "after 150 steps")
+                            for optimizer in lab.OPTIMIZERS]}
+    if kind == "curve":
+        return {"curve": [{"step": step, "neg": number(0, 12, 2), "caption": number(0.5, 1, 3),
+                           "diversity": number(0, 1, 3), "frechet": number(0, 30, 1)}
+                          for step in range(args.every, args.steps + 1, args.every)]}
+    if kind == "auxiliary":
+        return {"seconds": 1.5}
+    row = {"neg": number(0, 7, 2), "caption": number(0.9, 1, 3), "diversity": number(0.1, 0.3, 3),
+           "frechet": number(1, 40, 1), "nearest": number(0.05, 0.3, 3),
+           "hue_gap": number(0, 0.5, 2), "hatched": number(0, 1, 2),
+           "real_diversity": number(0.1, 0.2, 3),
+           "by_root": {root: number(0.5, 2, 2) for root in ROOTS}}
+    if kind == "sample":
+        return {"row": row, "seconds": 0, "images": 0, "teacher calls": 0}
+    per_t = {what: [None if i == 0 and key.endswith("2") else number(0, 2, 2) for i in range(BINS)]
+             for what in ("place", "across")}
+    log = {"place_ref": number(0.3, 0.8, 2), "place": number(0.5, 2, 2),
+           "across": number(0, 1, 2), "per_t": per_t} if args.method == "cpo" else {}
+    return {"row": row, "displacement": number(0, 0.1, 4), "seconds": draw.randrange(100),
+            "images": draw.randrange(9999), "teacher calls": draw.randrange(99999), "log": log}
+
+
+class Room(lab.Lab):
+    """A laboratory without models; it writes down what it is asked for."""
+    asked = []
+    data = DATA
+    models = {"base": SimpleNamespace(diffusion=SimpleNamespace(prediction="flow")),
+              "auxiliary": "the auxiliary"}
+
+    def rooms(self):
+        return [Room(lab.changed(self.args, out=folder, seed=i))
+                for i, folder in enumerate(self.args.bases or [self.args.out])]
+
+    def run(self, runs):
+        where = f" in {self.args.out}, seed {self.args.seed}" if self.args.bases else ""
+        for key, kind, flags in runs:
+            more = ", ".join(f"{name} {value}" for name, value in sorted(flags.items()))
+            self.asked.append(f"{key} ({kind}{where}): {more}")
+        usual = self.args.steps, self.args.samples
+        return [made_up(key, kind, lab.changed(self.args, **flags))
+                | {"key": f"{key} of {usual}"} for key, kind, flags in runs]
+
+
+def short(content):
+    """A summary with the name of a run for its result, and #A_neg for a row."""
+    if isinstance(content, dict) and "key" in content:
+        return content["key"]
+    if isinstance(content, dict) and "step" in content:
+        return "step " + " ".join(f"{value:g}" for value in content.values())
+    if isinstance(content, dict) and "by_root" in content:
+        return f"row {content['neg']}"
+    if isinstance(content, dict):
+        return {key: short(value) for key, value in content.items()}
+    if isinstance(content, (list, tuple)):
+        return [short(value) for value in content]
+    return round(content, 4) if isinstance(content, float) else content
+
+
+def dense(content):
+    return pprint.pformat(content, width=100, compact=True, sort_dicts=False)
+
+
+def page(name, monkeypatch, folder):
+    """All that a study asks for and publishes, as text."""
+    first, *only = COMMANDS[name].split("|")
+    Room.asked, charts = [], []
+    monkeypatch.setattr(study, "Lab", Room)
+    monkeypatch.setattr(study.time, "strftime", lambda form: form)
+    monkeypatch.setattr(study.platform, "machine", lambda: "abacus")
+    monkeypatch.setattr(study.os, "cpu_count", lambda: 7)
+
+    def chart(kind):
+        def record(path, *arguments, **named):
+            plain = json.loads(json.dumps([arguments, named], default=float))
+            charts.append(f"{kind} {Path(path).name}\n{dense(short(plain))}")
+        return record
+    for module, kinds in ((study, ("line_chart", "bar_chart", "matrix_chart")),
+                          (expert, ("line_chart",)), (second_opinion, ("matrix_chart",))):
+        for kind in kinds:
+            monkeypatch.setattr(module, kind, chart(kind))
+
+    def painted(model, kind, count, seed, steps, knobs):
+        charts.append(f"painted: {model} {kind} {count} {seed} {steps} {knobs}")
+        return np.full((count, 32, 32, 3), len(charts), np.uint8)
+    monkeypatch.setattr(study.evaluate, "paint", painted)
+    monkeypatch.setattr(study, "save_grid", lambda path, images, labels, **how: charts.append(
+        f"grid {Path(path).name} {images[:, 0, 0, 0].tolist()} {labels} {how}"))
+    monkeypatch.setattr(figure, "draw_world", lambda path, steps, seed: charts.append(
+        f"world {Path(path).name} {steps} {seed}") or {"samples": {
+            "base": [0.021, 1.25, 0.5], "target": [0.96, 0.4, 0.25]}, "steps": steps})
+    draw = np.random.default_rng(0)
+    monkeypatch.setattr(expert, "in_context", lambda model, data, draws, rounds, seed: (
+        charts.append(f"asked: {model} {len(data)} {draws} {rounds} {seed} "
+                      f"{data.annotations.sum()}")
+        or data.annotations * 1.5 + 2 * draw.standard_normal(data.annotations.shape) + 1))
+    opinion = lambda images: (np.where(draw.random((len(images), len(LEAVES))) < 0.4, -1, 1),
+                              [DATA.captions[i] for i in draw.integers(0, 40, len(images))])
+    monkeypatch.setattr(second_opinion, "HELD_OUT", 20)
+    monkeypatch.setattr(second_opinion, "train_network", lambda criteria, **how: charts.append(
+        f"network {how}") or how["seed"])
+    monkeypatch.setattr(second_opinion, "opinion", lambda network, images: opinion(images))
+    monkeypatch.setattr(second_opinion, "judge", lambda images, criteria: SimpleNamespace(
+        **dict(zip(("signs", "captions"), opinion(images))),
+        scores=draw.standard_normal((len(images), len(LEAVES)))))
+    monkeypatch.setattr(second_opinion, "evaluate", lambda models, *how: charts.append(
+        f"evaluated {[(row, kind) for row, (_, kind) in models.items()]} {how}") or (
+            None, {row: np.zeros((16, 32, 32, 3), np.uint8) for row in models}))
+    study.main([*first.split(), *only, "--out", str(folder / "out"),
+                "--results", str(folder), "--device", "cpu"])
+    stem = folder / name
+    summary = dense(short(json.loads(stem.with_suffix(".json").read_text("utf-8"))))
+    parts = {"runs": "\n".join(Room.asked), "page": stem.with_suffix(".md").read_text("utf-8"),
+             "JSON": summary, "charts": "\n".join(charts)}
+    text = "\n\n".join(f"=== {title}\n{part}" for title, part in parts.items()) + "\n"
+    return text.replace(str(folder), "FOLDER")
+
+
+def test_every_study_has_its_page():
+    assert {flags.split()[0] for flags in COMMANDS.values()} == set(study.STUDIES)
+    assert {path.stem for path in PAGES.iterdir()} == set(COMMANDS)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_study_publishes_this(name, monkeypatch, tmp_path, capsys):
+    found = page(name, monkeypatch, tmp_path).splitlines()
+    wanted = (PAGES / f"{name}.txt").read_text("utf-8").splitlines()
+    for line, expected in zip(found, wanted):
+        assert line == expected
+    assert len(found) == len(wanted)
+
+
+def write_pages():
+    import tempfile
+    PAGES.mkdir(exist_ok=True)
+    for name in COMMANDS:
+        with pytest.MonkeyPatch.context() as monkeypatch, tempfile.TemporaryDirectory() as folder:
+            (PAGES / f"{name}.txt").write_text(page(name, monkeypatch, Path(folder)), "utf-8")
+
+
+if __name__ == "__main__":
+    write_pages()
