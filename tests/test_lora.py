@@ -340,8 +340,11 @@ def test_an_adapter_says_what_it_is(plugged, tmp_path, version, prediction, base
             "ss_v2": str(version == "2"), "modelspec.sai_model_spec": "1.0.0",
             "modelspec.resolution": "768x512",
             "modelspec.prediction_type": "v" if prediction == "v" else "epsilon",
-            "modelspec.trigger_phrase": "rich colour, level horizon"}
-    assert got.items() >= want.items()
+            "modelspec.trigger_phrase": "rich colour, level horizon",
+            "format": "pt", "ss_network_module": "networks.lora", "modelspec.title": "target",
+            "modelspec.implementation": "https://github.com/Stability-AI/generative-models"
+            if version == "xl" else "diffusers"}
+    assert got == want
     # the same adapter is the same bytes, whatever order the package has
     before = (tmp_path / "x.safetensors").read_bytes()
     for _ in range(3):

@@ -257,6 +257,7 @@ def page_of_drawings(name, monkeypatch, folder):
             sheet.arrow(*arrow)
     else:
         monkeypatch.setattr(figure, "draw_samples", partial(figure.draw_samples, count=40, steps=4))
+        monkeypatch.setattr(figure, "paths", partial(figure.paths, steps=60))
         monkeypatch.setattr(figure, "PANEL", 100)
         found = figure.draw_world(folder / "world.png", steps=3, seed=1)
         end = dense(short(found))
@@ -295,7 +296,7 @@ def test_every_study_has_its_page():
 def test_this_is_published(name, monkeypatch, tmp_path, capsys):
     found = FIXED[name](name, monkeypatch, tmp_path).splitlines()
     wanted = (PAGES / f"{name}.txt").read_text("utf-8").splitlines()
-    exact = name in COMMANDS                                     # made-up numbers are alike anywhere
+    exact = name in COMMANDS                        # made-up numbers are alike anywhere
     for line, expected in zip(found, wanted):
         assert line == expected if exact else agree(line, expected), line
     assert len(found) == len(wanted)

@@ -154,6 +154,23 @@ def test_seeds_take_the_folders_of_bases_in_turn(monkeypatch):
                      [("b", "x_1"), ("b", "y_1")]]
 
 
+def test_each_folder_of_bases_is_a_laboratory_with_its_own_seed(out, tmp_path):
+    for name, seed in (("a", 5), ("b", 6)):
+        content = torch.load(out / "base.pt", weights_only=True)
+        content["made_of"]["seed"] = seed
+        save_checkpoint(tmp_path / name / "base.pt", content)
+    both = [str(tmp_path / name) for name in "ab"]
+    room = lab.Lab(Namespace(out="x", seed=0, bases=both, steps=3))
+    assert [(r.args.out, r.args.seed, r.args.steps) for r in room.rooms()] == [
+        (both[0], 5, 3), (both[1], 6, 3)]
+    alone = lab.Lab(Namespace(out="x", seed=0, bases=None))
+    assert alone.rooms() == [alone]
+    del content["made_of"]["seed"]
+    save_checkpoint(tmp_path / "b" / "base.pt", content)
+    with pytest.raises(ValueError, match="b/base.pt does not say which seed it is of"):
+        room.rooms()
+
+
 def test_places(out, monkeypatch):
     summary, text = run(out, "places", "--seeds", "1", "--only", "winner",
                         "winner, 4 times the steps")

@@ -85,7 +85,7 @@ def hue_gap(images):
     largest difference of the two distribution functions (Kolmogorov and Smirnov), 0 to 1.
 
     The hue is that of a corner which is sky in every painting; no flaw changes it."""
-    corner = images[:, :7, :8].reshape(len(images), -1, 3).mean(1) / 255
+    corner = images[:, :7, :8].reshape(len(images), -1, 3).mean(1)
     hues = np.sort([colorsys.rgb_to_hsv(*colour)[0] for colour in corner])
     share = np.clip((hues - HUES[0]) / (HUES[1] - HUES[0]), 0, 1)
     steps = np.arange(len(share) + 1) / len(share)
