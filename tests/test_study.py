@@ -55,7 +55,14 @@ def run(out, name, *flags):
     return json.loads((results / f"{name}.json").read_text()), (results / f"{name}.md").read_text()
 
 
-def test_methods_searches_then_measures_and_is_never_repeated(out, monkeypatch, capsys):
+@pytest.fixture
+def two_settings(monkeypatch):
+    """A search of two settings for each row; test_pages.py has all."""
+    monkeypatch.setattr(study, "METHODS", {
+        name: (fixed, settings[:2]) for name, (fixed, settings) in study.METHODS.items()})
+
+
+def test_methods_searches_then_measures_and_is_never_repeated(out, monkeypatch, two_settings):
     flags = ["--seeds", "1", "2", "--only", "CPO constant", "Diffusion-DPO", "--top", "1",
              "--more-seeds", "4"]
     summary, text = run(out, "methods", *flags)
@@ -74,11 +81,11 @@ def test_methods_searches_then_measures_and_is_never_repeated(out, monkeypatch, 
     searched = [json.loads(path.read_text())["made_of"]
                 for path in (out / "study" / "methods").glob("search_*.json")]
     # what is chosen on is not what is reported
-    assert len(searched) == 12 and {s["seed"] for s in searched} == {101}
+    assert len(searched) == 5 and {s["seed"] for s in searched} == {101}
     assert [s["batch"] for s in searched
-            if s["kind"] == "align" and s["method"] == "dpo"] == [2] * 7
+            if s["kind"] == "align" and s["method"] == "dpo"] == [2] * 2
     assert chosen in study.METHODS["CPO constant"][1] and cpo["made_of"]["lr"] == chosen["lr"]
-    assert ("| CPO constant |" in text and " ± " in text and "setting 4" in text
+    assert ("| CPO constant |" in text and " ± " in text and "setting 2" in text
             and "python -m nanocpo.study methods --count 60 --batch 4 --steps 2" in text
             and " --seeds 1 2 --more-seeds 4 --top 1 --search-samples 8 " in text
             and "--only 'CPO constant' Diffusion-DPO`;" in text)
@@ -98,19 +105,19 @@ def test_methods_searches_then_measures_and_is_never_repeated(out, monkeypatch, 
         run(out, "methods", "--only", "CPO magic")
 
 
-def test_pareto_is_made_of_the_runs_of_methods(out, monkeypatch):
+def test_pareto_is_made_of_the_runs_of_methods(out, monkeypatch, two_settings):
     """None of its own: a point for every setting that was searched, sorted by displacement."""
     monkeypatch.setitem(lab.KINDS, "align",
                         lambda lab, args: pytest.fail("a finished run was repeated"))
     summary, text = run(out, "pareto", "--only", "CPO constant", "Diffusion-DPO")
     assert {name: len(points) for name, points in summary["points"].items()} == {
-        "Diffusion-DPO": 7, "CPO constant": 4}
+        "Diffusion-DPO": 2, "CPO constant": 2}
     for points in summary["points"].values():
         assert [p[0] for p in points] == sorted(p[0] for p in points)
-    assert text.count("| CPO constant |") == 4
+    assert text.count("| CPO constant |") == 2
 
 
-def test_pictures_are_judged_again_when_the_critic_has_changed(out, monkeypatch):
+def test_pictures_are_judged_again_when_the_critic_has_changed(out, monkeypatch, two_settings):
     flags = ["--seeds", "1", "--only", "CPO winner", "--top", "1", "--more-seeds", "2"]
     before, _ = run(out, "methods", *flags)
     monkeypatch.setattr(lab, "judge_digest", lambda: "another critic")
@@ -126,7 +133,7 @@ def test_pictures_are_judged_again_when_the_critic_has_changed(out, monkeypatch)
     after, _ = run(out, "methods", *flags)
     assert all(x["row"]["neg"] > 100 for found in after["rows"].values() for x in found)
     asked = (8, load_model(out / "base.pt").captions)    # beside them real paintings are measured
-    assert seen.count(asked) == 1 + 3 + 3 * 1 + 2        # the search, the samplers, both seeds
+    assert seen.count(asked) == 1 + 2 + 3 * 1 + 2        # the search, the samplers, both seeds
     once = len(seen)
     run(out, "methods", *flags)                                   # and then they are kept
     assert len(seen) == once
@@ -274,7 +281,7 @@ def test_an_error_of_a_command_is_one_line(tmp_path):
             and found.stderr.count("\n") == 1)
 
 
-def test_speed_decoupling_and_guidance(out, monkeypatch):
+def test_speed_expert_and_axes(out, monkeypatch):
     summary, text = run(out, "speed", "--seeds", "1", "--only", "none", "none, slower", "constant",
                         "--curve-steps", "2")
     assert [p["step"] for p in summary["curves"]["none"][0]] == [0, 1, 2] and "| constant |" in text
@@ -299,19 +306,11 @@ def test_speed_decoupling_and_guidance(out, monkeypatch):
     assert turned.shape == (6 * 168 + 4, 5 * 132 + 4, 3)
     assert all((tile(row, 2) == tile(0, 2)).all() for row in range(6))
     assert (tile(0, 0) != tile(0, 2)).any() and (tile(0, 0) != tile(0, 4)).any()
-    summary, text = run(out, "decoupling", "--seeds", "1", "--only", "k 0", "--paint", "4",
-                        "--validation", "101")
-    assert (list(summary["relative"]) == summary["roots"]
-            and all(len(row) == len(summary["roots"]) for row in summary["relative"].values()))
-    assert (set(summary["chosen"].values()) == {"k 0"} and "| Color Relations (k 0) |" in text
-            and "--validation 101 " in text and "--only 'k 0'`;" in text
-            and "Largest own share" in text)
-    monkeypatch.setattr(study, "GUIDANCE", (1.0, 2.0))
-    summary, text = run(out, "guidance", "--seeds", "1")
-    assert ([row[0]["neg"] for scales in summary["rows"].values() for row in scales.values()]
-            and "1 call" in text)
-    files = {p.stem for p in (out / "study" / "guidance").glob("*_1.json")}
-    assert len(files) == 4                                        # no two runs of one name
+    args = study.parse(["decoupling", "--out", str(out), "--count", "60", "--batch", "4", "--steps",
+                        "2", "--samples", "8", "--sampling-steps", "2", "--paint", "4"])
+    branch, whole = lab.Lab(args).run([("branch", "align", dict(criteria=["Finish"], seed=1)),
+                                       ("whole", "align", dict(seed=1))])
+    assert branch["made_of"]["criteria"] == ["Finish"] and branch["row"] != whole["row"]
 
 
 def test_decoupling_chooses_each_branch_dose_on_all_validation_seeds(out, monkeypatch):
