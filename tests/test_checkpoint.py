@@ -5,6 +5,7 @@ import os
 import pickle
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -267,8 +268,10 @@ def test_unfit_checkpoints_are_refused(tiny, tmp_path):
 def test_what_is_there_is_used_again(tiny, tmp_path):
     common = ["--out", str(tmp_path), "--count", "100", "--batch", "4", "--device", "cpu",
               "--sample-every", "0"]
+    start = time.time()
     report = train_cpo.main([*common, "--base-steps", "2", "--sft-steps", "2", "--steps", "2",
                              "--samples", "16", "--sampling-steps", "3"])
+    assert 0 < sum(report["seconds"].values()) <= time.time() - start
     before = (tmp_path / "base.pt").read_bytes(), (tmp_path / "auxiliary.pt").read_bytes()
     line = train_cpo.main([*common, "--criteria", "Color Relations", "--name", "colour",
                            "--steps", "20", "--paint", "4", "--samples", "0"])

@@ -1,6 +1,7 @@
 """What each study asks for and what it publishes, word by word: its runs, page, JSON and charts,
 from made-up results; what charts and the figure of the analytic world draw, stroke by stroke; and
-what the checks of the exercises see: all of it against the files of tests/pages.
+what the checks of the exercises see; paintings, the critic's scores and a row of the report: all
+of it against the files of tests/pages.
 
 A page that changes is meant to be looked at, so after a change on purpose:
 
@@ -34,6 +35,8 @@ import nanocpo.study.studies as study
 from exercises.check import fingerprint, outcome
 from exercises.probes import CHECKS
 from nanocpo.losses import RULES
+from nanocpo.toy import evaluate
+from nanocpo.toy.critic import judge
 from nanocpo.toy.paintings import from_painter
 from nanocpo.utils.log import BINS
 
@@ -275,8 +278,32 @@ def page_of_probes(name, monkeypatch, folder):
     return "\n".join(lines) + "\n"
 
 
+def page_of_toy(name, monkeypatch, folder):
+    """What the painter paints and what the critic makes of it, clean and rough; and a row of the
+    report. A change here voids every published number."""
+    lines, draw = [], np.random.default_rng(5)
+    for regime in ("flawed", "mixed", "positive"):
+        data = from_painter(DATA.criteria, 4, regime, judged=0.8, seed=len(regime))
+        rough = np.clip(data.images + draw.normal(0, 9, data.images.shape), 0, 255).astype(np.uint8)
+        for title, images in (("clean", data.images), ("rough", rough)):
+            verdicts = judge(images, data.criteria)
+            lines += [f"{regime} {title}, {asked}, {signs.tolist()}: {x.mean():.2f} "
+                      f"{(x * np.arange(x.size).reshape(x.shape)).mean():.2f}; {caption} "
+                      + " ".join(f"{score:.3f}" for score in scores)
+                      for asked, signs, x, caption, scores in zip(
+                          data.captions, data.annotations, images, verdicts.captions,
+                          verdicts.scores)]
+        row = evaluate.measure_row(rough, data.captions, data.criteria,
+                                   judge(data.images, data.criteria))
+        lines += [f"    {key} " + " ".join(f"{x:.4f}" for x in np.hstack(
+            [*value.values()] if isinstance(value, dict) else [value]))
+                  for key, value in row.items()]
+    return "\n".join(lines) + "\n"
+
+
 FIXED = {name: page_of_study for name in COMMANDS} | {
-    "drawn_charts": page_of_drawings, "drawn_world": page_of_drawings, "probes": page_of_probes}
+    "drawn_charts": page_of_drawings, "drawn_world": page_of_drawings, "probes": page_of_probes,
+    "toy": page_of_toy}
 
 
 def agree(line, expected):

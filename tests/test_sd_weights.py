@@ -305,6 +305,9 @@ def test_other_settings_are_refused_by_name():
             (weights.vae_config, {"down_block_types": ["AttnDown"]}, "AttnDown"),
             (weights.clip_config, {"hidden_act": "relu"}, "hidden_act"),
             (weights.clip_config, {"architectures": ["T5EncoderModel"]}, "T5EncoderModel"),
+            (weights.clip_config, {"hidden_size": 0}, "text_encoder: hidden_size = 0"),
+            (weights.clip_config, {"architectures": ["CLIPTextModelWithProjection"],
+                                   "projection_dim": -1}, "projection_dim = -1"),
             (weights.diffusion_config, BETAS | {"prediction_type": "sample"}, "prediction_type"),
             (weights.diffusion_config, {"beta_schedule": "linear"}, "beta_schedule"),
             # diffusers' defaults, which public files never mean

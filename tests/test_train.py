@@ -273,6 +273,10 @@ def test_log_has_means_per_timestep_bin_over_the_samples_that_count():
     line = summarize([(t, logs)], 1000)
     assert line["loss"] == 3.0 and line["valid"] == 0.75
     assert line["per_t"]["loss"] == [2.0, 5.0] + [None] * 8
+    third = summarize([(torch.tensor([5, 5, 5]), {"loss": torch.tensor([0.0, 0.0, 2.0])})], 1000)
+    assert third["loss"] == third["per_t"]["loss"][0] == 0.666667 and third["valid"] == 1.0
+    most = {"loss": torch.ones(3), "valid": torch.tensor([True, True, False])}
+    assert summarize([(torch.tensor([5, 5, 5]), most)], 1000)["valid"] == 0.6667
 
 
 # ---------------------------------------------------------------- the flow of both stages
