@@ -1,7 +1,7 @@
 """What each study asks for and what it publishes, word by word: its runs, page, JSON and charts,
 from made-up results; what charts and the figure of the analytic world draw, stroke by stroke; and
-what the checks of the exercises see; paintings, the critic's scores and a row of the report: all
-of it against the files of tests/pages.
+what the checks of the exercises see; paintings, the critic's scores and a row of the report; every
+constant, default and setting: all of it against the files of tests/pages.
 
 A page that changes is meant to be looked at, so after a change on purpose:
 
@@ -11,6 +11,10 @@ The rules inside (intervals, choices, shares) are checked by hand in test_study.
 test_pictures.py; here nothing can land in another's row, column or place, or be asked with another
 setting, without being seen. Numbers may differ by what processors differ by.
 """
+import ast
+import dataclasses
+import importlib
+import inspect
 import json
 import pprint
 import random
@@ -22,6 +26,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -40,7 +45,8 @@ from nanocpo.toy.critic import judge
 from nanocpo.toy.paintings import from_painter
 from nanocpo.utils.log import BINS
 
-PAGES = Path(__file__).parent / "pages"
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = ROOT / "tests" / "pages"
 DATA = from_painter(count=40, regime="mixed")
 ROOTS = [root.name for root in DATA.criteria.roots]
 LEAVES = [leaf.name for leaf in DATA.criteria.leaves]
@@ -301,9 +307,67 @@ def page_of_toy(name, monkeypatch, folder):
     return "\n".join(lines) + "\n"
 
 
+def plain(value):
+    """A constant as text that is the same everywhere."""
+    if torch.is_tensor(value):
+        return f"tensor {value.dtype} {np.round(value.tolist(), 6).tolist()}"
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {type(value).__name__: {f.name: plain(getattr(value, f.name))
+                                       for f in dataclasses.fields(value)}}
+    if isinstance(value, dict):
+        return {plain(key): plain(x) for key, x in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(x) for x in value]
+    if isinstance(value, (set, frozenset)):
+        return sorted(map(str, value))
+    if callable(value):                             # of a type of flags its bounds too
+        bounds = [cell.cell_contents for cell in getattr(value, "__closure__", None) or ()]
+        bounds = [str(x) for x in bounds if isinstance(x, (int, float, type))]
+        return " ".join([getattr(value, "__qualname__", type(value).__name__), *bounds])
+    if value is None or isinstance(value, (bool, int, float)):
+        return value
+    return str(value).replace(str(ROOT), "ROOT")
+
+
+def page_of_constants(name, monkeypatch, folder):
+    """Every constant of every module, every default of a function, and what a setting says."""
+    names = sorted(path.relative_to(ROOT).as_posix() for where in ("nanocpo", "exercises")
+                   for path in (ROOT / where).rglob("*.py")
+                   if path.name not in ("__main__.py", "student_mine.py", "student_tests.py"))
+    lines = []
+    for file in names:
+        module = importlib.import_module(
+            file.removesuffix("/__init__.py").removesuffix(".py").replace("/", "."))
+        tree = ast.parse((ROOT / file).read_text("utf-8"))
+        lines.append(f"--- {file}")
+        for node in tree.body:
+            for target in node.targets if isinstance(node, ast.Assign) else ():
+                for one in target.elts if isinstance(target, ast.Tuple) else [target]:
+                    if isinstance(one, ast.Name):
+                        lines.append(f"{one.id} = {dense(plain(getattr(module, one.id)))}")
+            for part in [node, *node.body] if isinstance(node, ast.ClassDef) else [node]:
+                if isinstance(part, ast.FunctionDef) and (part.args.defaults
+                                                          or any(part.args.kw_defaults)):
+                    owner = getattr(module, node.name) if part is not node else module
+                    asks = inspect.signature(inspect.unwrap(getattr(owner, part.name))).parameters
+                    lines.append(f"{node.name} {part.name}: " + ", ".join(
+                        f"{key}={plain(x.default)}" for key, x in asks.items()
+                        if x.default is not x.empty))
+            known = getattr(module, node.name) if isinstance(node, ast.ClassDef) else None
+            for part in node.body if known else ():
+                for target in part.targets if isinstance(part, ast.Assign) else ():
+                    for one in target.elts if isinstance(target, ast.Tuple) else [target]:
+                        lines.append(f"{node.name}.{one.id} = {plain(known.__dict__[one.id])}")
+            for field in dataclasses.fields(known) if dataclasses.is_dataclass(known) else ():
+                told = {key: plain(x) for key, x in field.metadata.items()}
+                default = (None if field.default is dataclasses.MISSING else plain(field.default))
+                lines.append(f"{node.name}.{field.name} = {default} {told or ''}")
+    return "\n".join(lines) + "\n"
+
+
 FIXED = {name: page_of_study for name in COMMANDS} | {
     "drawn_charts": page_of_drawings, "drawn_world": page_of_drawings, "probes": page_of_probes,
-    "toy": page_of_toy}
+    "toy": page_of_toy, "constants": page_of_constants}
 
 
 def agree(line, expected):
@@ -323,7 +387,7 @@ def test_every_study_has_its_page():
 def test_this_is_published(name, monkeypatch, tmp_path, capsys):
     found = FIXED[name](name, monkeypatch, tmp_path).splitlines()
     wanted = (PAGES / f"{name}.txt").read_text("utf-8").splitlines()
-    exact = name in COMMANDS                        # made-up numbers are alike anywhere
+    exact = name in (*COMMANDS, "constants")        # made-up numbers are alike anywhere
     for line, expected in zip(found, wanted):
         assert line == expected if exact else agree(line, expected), line
     assert len(found) == len(wanted)
