@@ -30,7 +30,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if not torch.cuda.is_available():
         raise SystemExit("torch finds no GPU here; on a processor: python benchmarks/step.py")
-    with open(args.out, "w") as file:
+    with open(args.out, "w", encoding="utf-8") as file:
         file.write(f"{torch.cuda.get_device_name()}, torch {torch.__version__}\n")
         for command in COMMANDS:
             command, start = command.format(out=args.models), time.time()

@@ -302,7 +302,8 @@ def where(bench):
     if bench.device.type == "cuda":
         name = torch.cuda.get_device_name(bench.device)
     else:
-        lines = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+        info = Path("/proc/cpuinfo")
+        lines = info.read_text(encoding="utf-8") if info.exists() else ""
         names = [line.split(":")[1].strip() for line in lines.splitlines() if "model name" in line]
         name = f"{(names or ['processor'])[0]}, {torch.get_num_threads()} threads"
     return f"{name}, torch {torch.__version__}"

@@ -119,9 +119,9 @@ def make(folder, numbers, weights=None):
         shutil.copy(here / name, own / name)
     shutil.copy(here / "student_tests.py", own / "test_exercises.py")
     (own / "answers.json").write_text(visible(), encoding="utf-8")
-    (folder / "mine.py").write_text((here / "student_mine.py").read_text(encoding="utf-8"))
+    shutil.copy(here / "student_mine.py", folder / "mine.py")
     marks = "".join(f"    ex{n}: {table[n].title}\n" for n in table)
-    (folder / "pytest.ini").write_text(INI + marks)
+    (folder / "pytest.ini").write_text(INI + marks, encoding="utf-8")
     if weights:
         starter_weights(weights, folder / "out")
     return left

@@ -87,3 +87,34 @@ def test_no_script_is_installed_as_a_module():
     packages = {".".join(path.parent.relative_to(ROOT).parts)
                 for path in ROOT.glob("nanocpo/**/*.py")}
     assert all(f'"{package}"' in text for package in packages)
+
+
+def unnamed_encodings(text):
+    """Lines on which text is read or written in whatever encoding the machine has."""
+    lines = []
+    for node in ast.walk(ast.parse(text)):
+        name = getattr(getattr(node, "func", None), "attr", getattr(
+            getattr(node, "func", None), "id", ""))
+        if not isinstance(node, ast.Call) or name not in ("open", "read_text", "write_text"):
+            continue
+        words = [arg.value for arg in [*node.args, *(k.value for k in node.keywords)]
+                 if isinstance(arg, ast.Constant)]
+        binary = any(isinstance(word, str) and "b" in word and set(word) <= set("rwab+")
+                     for word in words)
+        # pictures have none, utils/files.py says its own, os.devnull keeps no text
+        other = (ast.unparse(node.func) in ("Image.open", "webbrowser.open", "read_text")
+                 or "devnull" in ast.unparse(node))
+        given = "utf-8" in words or any(k.arg == "encoding" for k in node.keywords)
+        if not (binary or other or given):
+            lines.append(node.lineno)
+    return lines
+
+
+def test_every_text_has_its_encoding():
+    files = [path for where in ("nanocpo", "exercises", "benchmarks", ".")
+             for path in (ROOT / where).glob("*.py" if where == "." else "**/*.py")]
+    assert len(files) > 60
+    found = {path.name: unnamed_encodings(path.read_text(encoding="utf-8")) for path in files}
+    assert {name: lines for name, lines in found.items() if lines} == {}
+    assert unnamed_encodings("open(x)\np.read_text()\nopen(x, 'rb')\np.write_text(x, 'utf-8')\n"
+                             "open(x, 'w', encoding=y)\np.open()") == [1, 2, 6]

@@ -37,6 +37,7 @@ import nanocpo.study.lab as lab
 import nanocpo.study.plots as plots
 import nanocpo.study.second_opinion as second_opinion
 import nanocpo.study.studies as study
+from exercises import hidden  # noqa: F401
 from exercises.check import fingerprint, outcome
 from exercises.probes import CHECKS
 from nanocpo.losses import RULES
@@ -188,7 +189,9 @@ def page_of_study(name, monkeypatch, folder):
     study.main([*first.split(), *only, "--out", str(folder / "out"),
                 "--results", str(folder), "--device", "cpu"])
     stem = folder / name
-    summary = dense(short(json.loads(stem.with_suffix(".json").read_text("utf-8"))))
+    written = stem.with_suffix(".json").read_text("utf-8")
+    indent = len(written.splitlines()[1]) - len(written.splitlines()[1].lstrip())
+    summary = f"indented by {indent}\n{dense(short(json.loads(written)))}"
     parts = {"runs": "\n".join(Room.asked), "page": stem.with_suffix(".md").read_text("utf-8"),
              "JSON": summary, "charts": "\n".join(charts)}
     text = "\n\n".join(f"=== {title}\n{part}" for title, part in parts.items()) + "\n"

@@ -43,7 +43,7 @@ class Log:
         self.line |= summarize(ranks.gathered(window), timesteps)
         self.window = []
         if ranks.first():
-            with open(self.path, "a") as file:
+            with open(self.path, "a", encoding="utf-8") as file:
                 file.write(json.dumps(self.line) + "\n")
         return self.line
 
