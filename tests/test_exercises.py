@@ -289,3 +289,32 @@ def test_the_colab_cell_runs_in_a_copy(copies):
     assert (copies[2] / "requirements.txt").exists() and (copies[2] / "docs/report.png").exists()
     done = run(copies[2], *tests.removeprefix("python -m ").split())
     assert done.returncode == 0, done.stdout
+
+
+def test_the_command_passes_its_flags_on(monkeypatch, tmp_path, capsys):
+    import exercises.__main__ as command
+    asked = []
+
+    def note(name, answer):
+        monkeypatch.setattr(command, name, lambda *how: asked.append((name, *how)) or answer)
+    note("make", ["docs/x.md"])
+    note("grade", {"one": {}, "two": {}})
+    note("kill", (1.25, ["a line"]))
+    note("child", {"x": [1]})
+    command.main(["make", "there", "--blank", "2-3", "--weights", "w"])
+    command.main(["grade", "all", "--blank", "4", "--seed", "S", "--out", "o", "--limit", "7.5"])
+    mine = tmp_path / "mine.py"
+    with pytest.raises(ValueError, match="mine.py: no such file; give the student's mine.py"):
+        command.main(["kill", str(mine)])
+    mine.write_text("")
+    command.main(["kill", str(mine)])
+    (tmp_path / "job").write_text('{"a": 1}')
+    command.main(["child", str(tmp_path / "job"), str(tmp_path / "result")])
+    killing = next(exercise for exercise in TABLE.values() if exercise.kill)
+    assert asked[:2] + asked[3:] == [("make", "there", [2, 3], "w"),
+                                     ("grade", "all", [4], "S", "o", 7.5), ("child", {"a": 1})]
+    assert asked[2][:2] == ("kill", str(mine)) and asked[2][2].number == killing.number
+    assert json.loads((tmp_path / "result").read_text()) == {"x": [1]}
+    assert capsys.readouterr().out == (
+        "there: exercises 2, 3 are blank; left out, as they show a solution: docs/x.md\n"
+        f"o: 2 students graded\n1.2 of {killing.points} points\na line\n")
