@@ -32,6 +32,7 @@ def made(text, kind=None):
     ("slice", "x = y[1:n]\n", ["x = y[:n]\n", "x = y[1:]\n"]),
     ("keyword", "f(a, b=c, d=e)\n", ["f(a, d=e)\n", "f(a, b=c)\n"]),
     ("arguments", "f(a, b, c)\n", ["f(b, a, c)\n", "f(a, c, b)\n"]),
+    ("arguments", "np.maximum(a, b)\n", []),
     ("return", "def f():\n    return x\n", ["def f():\n    return None\n"]),
     ("statement", "a = b\nf()\n", ["pass\nf()\n", "a = b\npass\n"])])
 def test_each_kind_by_hand(kind, text, wanted):
