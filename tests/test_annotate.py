@@ -220,7 +220,7 @@ const looks = leaves.map((l) => [l.box.className, l.box.children[1].textContent,
 counts = document.getElementById("count").textContent;
 document.body.innerHTML = "<pre id=result></pre>";
 document.getElementById("result").textContent = encodeURIComponent(JSON.stringify({ before, \
-after: metadata(), kept: localStorage.getItem(key), picture, open_at, rendering, looks, counts }));
+after: metadata(), kept: localStorage.getItem(key), picture, open_at, rendering, looks, counts, said: globalThis.said }));
 """
 # as much of a browser as the page needs, for machines with node only: it draws nothing
 STUB = """
@@ -345,6 +345,35 @@ def test_annotating(folder, tmp_path_factory, run):
     (folder / "metadata.jsonl").write_text(got["after"], encoding="utf-8")
     main([str(folder)])  # and a page made from it says the same, in a fresh browser
     assert run(folder, "", tmp_path_factory.mktemp("fresh"))["before"]["metadata"] == got["after"]
+
+
+@IN_BROWSERS
+def test_saving_asks_only_where_verdicts_would_be_lost(folder, tmp_path_factory, run):
+    """A picture that is judged and has no caption is left out of the file; one with a caption, one
+    without verdicts and one with keys of another program lose nothing."""
+    (folder / "metadata.jsonl").write_text('{"file_name": "a.png", "caption": "x"}\n'
+                                           '{"file_name": "b c#1.jpg", "id": 7}\n')
+    main([str(folder)])
+    said = run(folder, """
+        globalThis.said = [];
+        let answer = false;
+        globalThis.confirm = (words) => { said.push(words); return answer; };
+        globalThis.Blob = function (parts, how) { said.push([parts, how]); };
+        URL.createObjectURL = () => "blob:1";
+        const create = document.createElement;
+        document.createElement = (name) => (
+          { click() { said.push([name, this.href, this.download]); } });
+        press("n"); press("ArrowRight"); press("p"); save();
+        said.push("---"); press("ArrowRight"); press("n"); save();
+        said.push("---"); answer = true; document.getElementById("save").onclick();
+        document.createElement = create;
+    """, tmp_path_factory.mktemp("p"))["said"]
+    file = ['{"file_name":"a.png","caption":"x","positive":[],"negative":["bad one"]}\n'
+            '{"file_name":"b c#1.jpg","caption":"","positive":["good one"],"negative":[],"id": 7}'
+            '\n']
+    saved = [[file, {"type": "application/jsonl"}], ["a", "blob:1", "metadata.jsonl"]]
+    question = "1 judged pictures have no caption and are left out (first: sub/d.PNG). Save?"
+    assert said == [*saved, "---", question, "---", question, *saved]
 
 
 def propose(folder, **proposed):
