@@ -33,6 +33,7 @@ SCRIPT = [(r"===", "!=="), (r"!==", "==="), (r" < ", " <= "), (r" > ", " >= "), 
           (r"(?<=[ (])!(?=\w)", ""), (r" \* ", " / "), (r" / ", " * ")]
 PAGES = ("nanocpo/folder/annotate.html", "docs/explore.html")
 PAGE_TESTS = ["tests/test_annotate.py", "tests/test_explore.py"]
+CONSTANTS = "tests/test_pages.py"           # compares what modules hold when they are imported
 
 # What changes nothing that anybody could notice: (file, the line without indentation, what it
 # became, why).
@@ -372,14 +373,16 @@ def coverage_map(copies, tests):
             for file, lines in found.items()}, broken
 
 
-def chosen_tests(change, covered, own):
-    """pytest's arguments for a change: the tests through its lines, its own file's first."""
+def chosen_tests(change, covered, own, tests):
+    """pytest's arguments for a change: the tests through its lines, its own file's first. Lines
+    that only run when their module is imported, or in another process, have their file's tests."""
     if change.file in PAGES:
         return PAGE_TESTS
     some = {test for line in change.lines for test in covered.get(change.file, {}).get(line, ())}
     whole = {test for test in some if "::" not in test}
     some = {test for test in some if test in whole or test.split("::")[0] not in whole}
-    return sorted(some, key=lambda test: (test.split("::")[0] != own, "::" not in test, test))
+    return (sorted(some, key=lambda test: (test.split("::")[0] != own, "::" not in test, test))
+            or [test for test in (CONSTANTS, own) if test in tests])
 
 
 def crowd(copies, survivors, tests, say):
@@ -392,7 +395,10 @@ def crowd(copies, survivors, tests, say):
         new = {}
         for test in failed:
             if test != "?":
-                new |= {change: test for change in culprits(copies[:1], planted, test, new)}
+                new |= {change: test for change in culprits(copies[:1], planted, [test], new)}
+        if failed and not new:              # not even a name: nothing could be imported
+            everything = ["--collect-only", *tests]
+            new |= {change: "import" for change in culprits(copies[:1], planted, everything, new)}
         if not new:
             return caught
         caught |= new
@@ -401,16 +407,17 @@ def crowd(copies, survivors, tests, say):
     return caught
 
 
-def culprits(copies, planted, test, known):
-    """Changes that this test notices by themselves, found by halving; those already known apart."""
+def culprits(copies, planted, arguments, known):
+    """Changes that pytest with these arguments notices by themselves, found by halving; those
+    already known apart."""
     some = [change for change in planted if change not in known]
-    if not some or next(run_all(copies, [(0, some, ["-x", test])]))[1] == 0:
+    if not some or next(run_all(copies, [(0, some, ["-x", *arguments])]))[1] == 0:
         return []
     if len(some) == 1:
         return some
     half = len(some) // 2
-    return (culprits(copies, some[:half], test, known)
-            + culprits(copies, some[half:], test, known))
+    return (culprits(copies, some[:half], arguments, known)
+            + culprits(copies, some[half:], arguments, known))
 
 
 def wilson(good, total):
@@ -452,7 +459,7 @@ def campaign(root, files, tests, own_test, count, seed, jobs, only, folder, say=
     alive = [i for i, c in enumerate(chosen) if c not in equivalent]
     todo = []
     for i in alive:
-        arguments = chosen_tests(chosen[i], covered, own_test(chosen[i].file))
+        arguments = chosen_tests(chosen[i], covered, own_test(chosen[i].file), tests)
         if str(i) not in done and arguments:
             todo.append((i, [chosen[i]], ["-x", *arguments]))
     for i, status, failed in run_all(copies, todo, limit=900):

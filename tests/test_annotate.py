@@ -220,7 +220,8 @@ const looks = leaves.map((l) => [l.box.className, l.box.children[1].textContent,
 counts = document.getElementById("count").textContent;
 document.body.innerHTML = "<pre id=result></pre>";
 document.getElementById("result").textContent = encodeURIComponent(JSON.stringify({ before, \
-after: metadata(), kept: localStorage.getItem(key), picture, open_at, rendering, looks, counts, said: globalThis.said }));
+after: metadata(), kept: localStorage.getItem(key), picture, open_at, rendering, looks, counts, \
+said: globalThis.said }));
 """
 # as much of a browser as the page needs, for machines with node only: it draws nothing
 STUB = """

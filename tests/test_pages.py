@@ -362,6 +362,9 @@ def page_of_constants(name, monkeypatch, folder):
                 for target in part.targets if isinstance(part, ast.Assign) else ():
                     for one in target.elts if isinstance(target, ast.Tuple) else [target]:
                         lines.append(f"{node.name}.{one.id} = {plain(known.__dict__[one.id])}")
+            if dataclasses.is_dataclass(known):
+                how = known.__dataclass_params__
+                lines.append(f"{node.name}: eq {how.eq}, order {how.order}, frozen {how.frozen}")
             for field in dataclasses.fields(known) if dataclasses.is_dataclass(known) else ():
                 told = {key: plain(x) for key, x in field.metadata.items()}
                 default = (None if field.default is dataclasses.MISSING else plain(field.default))

@@ -91,9 +91,12 @@ def test_the_chosen_tests_a_line():
     covered = {"x.py": {1: ["tests/test_a.py::one", "tests/test_b.py"],
                         2: ["tests/test_b.py::two", "tests/test_x.py::three"]}}
     change = Change("x.py", 0, 1, "", "constant", (1, 2, 3))
-    assert chosen_tests(change, covered, "tests/test_x.py") == [
+    assert chosen_tests(change, covered, "tests/test_x.py", []) == [
         "tests/test_x.py::three", "tests/test_a.py::one", "tests/test_b.py"]
-    assert chosen_tests(Change("y.py", 0, 1, "", "constant", (1,)), covered, "") == []
+    imported, tests = Change("y.py", 0, 1, "", "constant", (1,)), ["tests/test_pages.py"]
+    assert chosen_tests(imported, covered, "tests/test_y.py", tests) == tests
+    tests = ["tests/test_pages.py", "tests/test_y.py"]
+    assert chosen_tests(imported, covered, "tests/test_y.py", tests) == tests
 
 
 def test_tests_keep_the_order_of_their_file():
@@ -104,10 +107,12 @@ def test_tests_keep_the_order_of_their_file():
 
 
 def test_a_crowd_is_halved_down_to_what_a_test_notices(tmp_path):
-    """In a process of its own, for it forks. Two of three changes are noticed, one by a test whose
-    name holds spaces; a test that is not there notices nothing."""
+    """In a process of its own, for it forks. Two of four changes are noticed by tests, one of them
+    by a test whose name holds spaces; one lets nothing be imported, not even to name a test that
+    fails. A test that is not there notices nothing."""
     (tmp_path / "root/tests").mkdir(parents=True)
-    (tmp_path / "root/x.py").write_text("a = 1\nb = 2\nc = 3\n")
+    (tmp_path / "root/x.py").write_text("a = 1\nb = 2\nc = 3\nd = 4\n")
+    (tmp_path / "root/tests/conftest.py").write_text("import x\n")
     (tmp_path / "root/tests/test_x.py").write_text(
         "import pytest, x\n\n\n@pytest.mark.parametrize('what', ['of two words'])\n"
         "def test_a(what):\n    assert x.a == 1\n\n\ndef test_b():\n    assert x.b == 2\n")
@@ -117,15 +122,17 @@ from pathlib import Path
 from random_mutants import Change, Copy, crowd, run_all
 root = Path(sys.argv[1]) / "root"
 copy = Copy(root, sorted(root.rglob("*.py")), root.parent / "copy")
-some = [Change("x.py", i, i + 1, "7", "constant") for i in (4, 10, 16)]
+some = [Change("x.py", i, i + 1, new, "constant") for i, new in (
+    (4, "7"), (10, "7"), (16, "7"), (22, "1 / 0"))]
 caught = crowd([copy], some, ["tests/test_x.py"], lambda text: None)
 print([(change.start, test) for change, test in caught.items()])
-print([row[1] for row in run_all([copy], [(0, some, ["tests/test_x.py::test_none"])])])
+print([row[1] for row in run_all([copy], [(0, some[:3], ["tests/test_x.py::test_none"])])])
 """
     done = subprocess.run([sys.executable, "-B", "-c", script, str(tmp_path)], capture_output=True,
                           text=True, cwd=Path(__file__).parent)
     assert done.stdout.splitlines() == [
-        "[(4, 'tests/test_x.py::test_a[of two words]'), (10, 'tests/test_x.py::test_b')]",
+        "[(22, 'import'), (4, 'tests/test_x.py::test_a[of two words]'), "
+        "(10, 'tests/test_x.py::test_b')]",
         "[0]"], done.stderr
 
 
