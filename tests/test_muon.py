@@ -58,6 +58,16 @@ def test_without_hidden_weights_all_is_adamw():
                                                                twin.parameters()))
 
 
+def test_a_model_may_have_one_weight():
+    ours, theirs = (torch.nn.LayerNorm(3, bias=False) for _ in range(2))
+    one, other = Muon(ours, 0.1, weight_decay=0.1), torch.optim.AdamW(
+        theirs.parameters(), 0.1, betas=(0.9, 0.99), weight_decay=0.1)
+    for model, optimizer in ((ours, one), (theirs, other)):
+        model.weight.grad = torch.tensor([1.0, -2.0, 0.5])
+        optimizer.step()
+    assert torch.allclose(ours.weight, theirs.weight, atol=1e-6) and (ours.weight != 1).all()
+
+
 @pytest.mark.parametrize("name, factor", [
     ("mid_block.resnets.0.conv1.weight", 1),
     ("mid_block.attentions.0.transformer_blocks.0.ff.net.0.proj.weight", 8)])
