@@ -28,6 +28,8 @@ ROOT = Path(__file__).resolve().parent.parent
 TESTS = {
     "train_cpo": "train", "train_sft": "train", "sample": "train", "data": "data",
     "run/stages": "method", "run/settings": "settings", "run/baselines": "method",
+    "run/flags": "settings", "toy/export": "annotate", "study/expert": "study",
+    "study/__main__": "study",
     "utils/checkpoint": "checkpoint", "utils/cli": "settings", "utils/muon": "muon",
     "utils/device": "settings", "utils/files": "doors", "utils/log": "train",
     "utils/ranks": "ranks",
@@ -809,6 +811,8 @@ def _tests():
 def _own_test(file):
     """The file of tests that knows a file best."""
     name = file.removeprefix("nanocpo/").removesuffix(".py")
+    if name.startswith("exercises/"):
+        name = "exercises"
     return f"tests/test_{TESTS.get(name, name)}.py"
 
 
