@@ -184,6 +184,8 @@ def test_a_sealed_file_is_read_only_as_it_was_written(tmp_path):
     assert read_json(path, sealed=True) == content and content.keys() == {"a", "b"}
     written = path.read_text()
     assert json.loads(written).keys() == {"a", "b", "checksum"}
+    save_json(path, {"by number": {2: "x", 10: (1, 2)}}, sealed=True)
+    assert read_json(path, sealed=True) == {"by number": {"2": "x", "10": [1, 2]}}
     for other in (written.replace("2.5", "2.6"), written.replace('"d"', '"e"'),
                   written.replace('"c"', '"C"'), written.replace("checksum", "sum"),
                   json.dumps(content), "[]", "{}"):

@@ -105,8 +105,9 @@ def read_json(path, sealed=False):
 
 
 def _checksum(content):
-    """Of what JSON keeps of a dict."""
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    """Of what JSON keeps of a dict, whose keys are texts there."""
+    kept = json.loads(json.dumps(content))
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
 
 
 def unpacked(path):
