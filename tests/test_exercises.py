@@ -15,7 +15,8 @@ from toy_tiny import tiny_model
 
 from exercises import hidden  # noqa: F401
 from exercises.check import complaint, difference, hint_of, outcome, wrong_key
-from exercises.grade import grade, handed_in, kill, score
+import exercises.grade as grading
+from exercises.grade import grade, grade_one, handed_in, kill, score, write
 from exercises.install import helpers, installed
 from exercises.make import answers, make, parse_numbers, solution_lines, starter_weights
 from exercises.probes import CHECKS
@@ -213,6 +214,58 @@ def test_grading_in_bulk(submissions):
     assert result["score"] == result["tests"][0]["max_score"] == TABLE[4].points
     cases = ElementTree.parse(submissions / "out" / "grades.xml").findall(".//testcase")
     assert len(cases) == 6 and sum(c.find("failure") is not None for c in cases) == 4
+
+
+def test_the_files_of_a_grading_by_hand(tmp_path):
+    one, two = TABLE[1], TABLE[2]
+    graded = {"a": {1: (float(one.points), "all passed"), 2: (0.333, "no\x07\nway")},
+              "b": {1: (0.0, ""), 2: (two.points - 1e-12, "x")}}
+    write(graded, TABLE, tmp_path / "out")
+    assert (tmp_path / "out" / "grades.csv").read_text().splitlines() == [
+        "student,ex1,ex2,total", f"a,{one.points}.0,0.33,{one.points}.33",
+        f"b,0.0,{two.points}.0,{two.points}.0"]
+    suites = ElementTree.parse(tmp_path / "out" / "grades.xml").getroot()
+    assert [(s.get("name"), s.get("tests")) for s in suites] == [("a", "2"), ("b", "2")]
+    told = [[(c.get("classname"), c.get("name"), [(p.get("name"), p.get("value"))
+                                                 for p in c.iter("property")],
+              [(f.get("message"), f.text) for f in c.iter("failure")]) for c in s] for s in suites]
+    assert told == [[
+        ("a", "ex1", [("points", f"{one.points}.00"), ("of", str(one.points))], []),
+        ("a", "ex2", [("points", "0.33"), ("of", str(two.points))],
+         [(f"0.33 of {two.points}", "no\nway")])], [
+        ("b", "ex1", [("points", "0.00"), ("of", str(one.points))],
+         [(f"0.00 of {one.points}", None)]),
+        ("b", "ex2", [("points", f"{two.points}.00"), ("of", str(two.points))], [])]]
+    assert json.loads((tmp_path / "out" / "a.json").read_text()) == {
+        "score": one.points + 0.33, "tests": [
+            {"number": "1", "name": one.title, "score": one.points, "max_score": one.points,
+             "output": "all passed"},
+            {"number": "2", "name": two.title, "score": 0.33, "max_score": two.points,
+             "output": "no\x07\nway"}]}
+
+
+def test_one_exercise_of_one_student(tmp_path, monkeypatch):
+    killing = next(exercise for exercise in TABLE.values() if exercise.kill)
+    assert grade_one(tmp_path, killing, None, "s", 5) == (0.0, "mine.py was not handed in")
+    (tmp_path / "mine.py").write_text("")
+    monkeypatch.setattr(grading, "kill", lambda path, exercise, limit: (
+        1.5, [str(path), str(exercise.number), f"limit {limit}"]))
+    assert grade_one(tmp_path, killing, None, "s", 5) == (
+        1.5, f"{tmp_path / 'mine.py'}\n{killing.number}\nlimit 5")
+    monkeypatch.setattr(grading, "handed_in", lambda folder, exercise: (
+        {"f": "x"}, {"a": "b"}, str(folder) if exercise.number == 1 else ""))
+    assert grade_one("nothing", TABLE[1], None, "s", 5) == (0.0, "nothing")
+    asked = []
+    monkeypatch.setattr(grading, "run", lambda job, limit: asked.append((job, limit)) or (
+        (None, "late") if limit == 5 else ({"o": 1}, "")))
+    assert grade_one("x", TABLE[2], None, "s", 5) == (0.0, "late")
+    assert asked == [({"number": 2, "seed": "s", "functions": {"f": "x"}, "helpers": {"a": "b"}},
+                      5)]
+    for lines in ([], ["one", "two"]):
+        monkeypatch.setattr(grading, "score", lambda exercise, outs, told: (
+            (7.0, lines) if (exercise.number, outs, told) == (2, {"o": 1}, "t") else None))
+        assert grade_one("x", TABLE[2], "t", "s", 6) == (
+            7.0, "\n".join(lines) or "all passed")
 
 
 def test_a_poisoned_body_fails_every_exercise():

@@ -19,6 +19,8 @@ import json
 import pprint
 import random
 import re
+import shutil
+import subprocess
 import sys
 from functools import partial
 from pathlib import Path
@@ -411,10 +413,69 @@ def page_of_flags(name, monkeypatch, folder):
     return "\n".join(lines) + "\n"
 
 
+# as much of a browser as docs/explore.html needs; it writes down what is drawn
+BROWSER = """
+const made = {}, queue = []; let strokes = [];
+const pen = new Proxy({}, { get: (_, name) => (...where) => strokes.push([name, ...where]),
+  set: (_, name, value) => strokes.push([name, value]) });
+const element = id => made[id] ??= { value: START[id] ?? "", getContext: () => pen, options: [],
+  add(option) { this.options.push(option); if (option[3]) this.value = option[1]; } };
+globalThis.Option = function (...how) { return how; };
+globalThis.document = { getElementById: element };
+globalThis.requestAnimationFrame = f => queue.push(f);
+"""
+ACTED = """
+const lines = [], round = v => typeof v === "number" ? v.toFixed(3) : v;
+function tell(action, whole) {
+  lines.push(`--- ${action}`, made.numbers.innerHTML, ["t_", "k_", "beta_"].map(
+    id => `${id} ${made[id].textContent}`).join(", "));
+  if (whole) strokes.forEach(s => lines.push(s.map(round).join(" ")));
+  const all = strokes.flat().filter(v => typeof v === "number");
+  const sum = all.reduce((s, v, i) => s + v * (1 + i / 100), 0).toFixed(2);
+  lines.push(`${strokes.length} strokes, ${sum}`);
+  strokes = [];
+}
+const set = (id, value) => { made[id].value = value; made[id].oninput(); };
+const step = () => queue.shift()();
+lines.push(JSON.stringify(made.rule.options));
+tell("opened", true);
+made.play.onclick(); step(); step(); tell("two steps"); lines.push(`${queue.length} waits`);
+set("k", "60"); tell("a flag while it plays draws nothing"); step(); tell("then with k 0.6");
+made.play.onclick(); tell("stopped"); step(); lines.push(`${queue.length} waits`); strokes = [];
+set("beta", "100"); tell("beta 10: the output stays");
+set("t", "100"); tell("another t: from the reference");
+made.play.onclick(); step(); strokes = [];
+made.plane.onpointermove({ buttons: 0, offsetX: 1, offsetY: 2 }); tell("the pointer, no button");
+made.plane.onpointermove({ buttons: 1, offsetX: 400, offsetY: 100 }); step(); tell("dragged");
+made.back.onclick(); tell("back", true); step(); strokes = []; lines.push(`${queue.length} waits`);
+for (const [rule] of made.rule.options) { set("rule", rule); tell(rule); }
+set("k", "100");
+for (const rule of ["constant", "balance", "noisy"]) { set("rule", rule); tell(rule + ", k 1"); }
+set("rule", "none"); set("beta", "200"); made.play.onclick();
+let count = 0; while (queue.length && count < 3000) { step(); count++; }
+strokes = []; lines.push(`none runs for ${count} steps`); made.back.onclick(); tell("end");
+console.log(lines.join("\\n"));
+"""
+
+
+def page_of_explore(name, monkeypatch, folder):
+    """What docs/explore.html draws and says while somebody plays with it."""
+    if not shutil.which("node"):
+        pytest.skip("no node on this machine")
+    text = (ROOT / "docs/explore.html").read_text("utf-8")
+    start = dict(re.findall(r'<input[^>]*id="(\w+)"[^>]*value="([-\d.]+)"', text))
+    script = re.search(r"<script>(.*?)</script>", text, re.S)[1]
+    (folder / "page.js").write_text(
+        BROWSER.replace("START", json.dumps(start)) + script + ACTED, "utf-8")
+    done = subprocess.run(["node", folder / "page.js"], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return f"{start}\n{done.stdout}"
+
+
 FIXED = {name: page_of_study for name in COMMANDS} | {
     "drawn_charts": page_of_drawings, "drawn_world": page_of_drawings, "probes": page_of_probes,
     "toy": page_of_toy, "constants": page_of_constants,
-    "flags": page_of_flags}
+    "flags": page_of_flags, "explored": page_of_explore}
 
 
 def agree(line, expected):
