@@ -377,6 +377,39 @@ def test_saving_asks_only_where_verdicts_would_be_lost(folder, tmp_path_factory,
     assert said == [*saved, "---", question, "---", question, *saved]
 
 
+@IN_BROWSERS
+def test_while_a_caption_is_typed_letters_are_text(folder, tmp_path_factory, run):
+    """n and p are no verdicts there; Enter and Escape leave the field; Ctrl and a button's Enter
+    are the browser's."""
+    main([str(folder)])
+    said = run(folder, """
+        globalThis.said = [];
+        const field = document.getElementById("caption"), verdict = () => rows[picture].states[
+          leaves[leaf].name];
+        let active = field;
+        Object.defineProperty(document, "activeElement", { get: () => active, configurable: true });
+        field.blur = () => said.push("left");
+        const first = verdict(), at = picture;
+        for (const key of ["n", "p", "ArrowRight", "x", "Enter", "Escape"]) {
+          press(key);
+          said.push([key, verdict() === first, picture === at]);
+        }
+        active = { tagName: "BUTTON" };
+        press("Enter");
+        said.push(["a button", verdict() === first, picture === at]);
+        active = { tagName: "BODY" };
+        for (const held of ["ctrlKey", "metaKey", "altKey"])
+          document.onkeydown({ key: "ArrowRight", [held]: true, preventDefault() {} });
+        said.push(["held", verdict() === first, picture === at]);
+        press("ArrowRight");
+        said.push(["free", picture === at + 1]);
+    """, tmp_path_factory.mktemp("p"))["said"]
+    assert said == [["n", True, True], ["p", True, True], ["ArrowRight", True, True],
+                    ["x", True, True], "left", ["Enter", True, True], "left",
+                    ["Escape", True, True], ["a button", True, True], ["held", True, True],
+                    "left", ["free", True]]
+
+
 def propose(folder, **proposed):
     """proposals.json with {file name: (positive, negative)}."""
     content = {"agreement": {"verdicts": 20, "share": 0.9}, "rows": [

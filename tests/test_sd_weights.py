@@ -298,6 +298,15 @@ def test_unet_settings_are_refused_by_name(setting, words):
         weights.unet_config(setting)
 
 
+def test_old_names_are_those_of_the_vae_and_of_clip_alone():
+    old = "decoder.mid_block.attentions.0.{}.weight"
+    assert [weights.modern(old.format(name)) for name in ("query", "proj_attn", "to_k")] == [
+        old.format(name) for name in ("to_q", "to_out.0", "to_k")]
+    assert weights.modern("text_model.final_layer_norm.bias") == "final_layer_norm.bias"
+    for name in ("mid_block.attentions.0.query.weight", "decoder.up.0.key.weight"):
+        assert weights.modern(name) == name
+
+
 def test_other_settings_are_refused_by_name():
     for call, setting, words in (
             (weights.vae_config, {"shift_factor": 0.1}, "shift_factor"),
@@ -506,6 +515,10 @@ def test_the_size_that_a_base_was_trained_on(setting, size, capsys):
     said = "x: sample_size 32 of an old converter is taken for 64, as by diffusers\n"
     assert capsys.readouterr().out == (said if setting.get("_diffusers_version") == "0.6.0" else "")
     assert weights.trained_size({}, 8, True, "x") == (1024, 1024)
+    for side, told in ((63, True), (64, False)):                # no smaller than today's: it stays
+        old = {"sample_size": side, "_diffusers_version": "0.8.1"}
+        assert weights.trained_size(old, 8, False, "x") == (512, 512)
+        assert ("old converter" in capsys.readouterr().out) == told
     for wrong in ([64], "64", [64, None], 6.5):
         with pytest.raises(WeightsError, match="x: sample_size = "):
             weights.trained_size({"sample_size": wrong}, 8, False, "x")
