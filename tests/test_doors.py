@@ -274,6 +274,18 @@ def test_a_tokenizer_that_is_cut_off(tmp_path, change, words):
         Tokenizer.load(tmp_path)
 
 
+def test_words_in_angle_brackets_need_no_merge(tmp_path):
+    """As <|endoftext|>, which every vocabulary has; all other long words do."""
+    vocabulary = write_tokenizer(tmp_path)
+    for word, refused in (("<|mine|>", False), ("x<|mine|>", True), ("mine>", True)):
+        (tmp_path / "vocab.json").write_text(json.dumps(vocabulary | {word: len(vocabulary)}))
+        if refused:
+            with pytest.raises(WeightsError, match="1 tokens of its vocabulary are made by no"):
+                Tokenizer.load(tmp_path)
+        else:
+            assert Tokenizer.load(tmp_path).vocabulary[word] == len(vocabulary)
+
+
 @pytest.mark.parametrize("number", ["7", None, -1, 1.5, True])
 def test_ids_are_whole_numbers(tmp_path, number):
     vocabulary = write_tokenizer(tmp_path) | {"a": number}

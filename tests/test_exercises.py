@@ -371,3 +371,27 @@ def test_the_command_passes_its_flags_on(monkeypatch, tmp_path, capsys):
     assert capsys.readouterr().out == (
         "there: exercises 2, 3 are blank; left out, as they show a solution: docs/x.md\n"
         f"o: 2 students graded\n1.2 of {killing.points} points\na line\n")
+
+
+def test_a_job_that_leaves_no_result_says_its_last_words(monkeypatch):
+    for said, words in (("first\nlast words\n", "last words"), ("", "ended without a result"),
+                        ("x" * 300, "x" * 200)):
+        monkeypatch.setattr(grading.subprocess, "run", lambda *how, **more: (
+            subprocess.CompletedProcess(how, 1, stdout="", stderr=said)))
+        assert grading.run({}, 5) == (None, words)
+
+
+def test_a_file_of_tests_is_read_anew_each_time(tmp_path):
+    """In a process of its own, for the modules of this one stay."""
+    (tmp_path / "mine.py").write_text("def test_a():\n    assert True\n")
+    script = """
+import sys
+from exercises.grade import _passes
+path, other = sys.argv[1], sys.modules["json"]
+print(_passes(path))
+open(path, "w", encoding="utf-8").write("def test_a():\\n    assert False\\n")
+print(_passes(path), sys.modules["json"] is other)
+"""
+    done = subprocess.run([sys.executable, "-B", "-c", script, str(tmp_path / "mine.py")], cwd=ROOT,
+                          capture_output=True, text=True)
+    assert done.stdout.split() == ["True", "False", "True"], done.stderr

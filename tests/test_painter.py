@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from nanocpo.criteria import Criteria
-from nanocpo.toy.critic import (THRESHOLDS, _crispness, _layouts, find_layout, fit_horizon,
+from nanocpo.toy.critic import (THRESHOLDS, _crispness, _layouts, _lines, find_layout, fit_horizon,
                                     judge)
 from nanocpo.toy.painter import (CAPTIONS, HUES, LEAVES, SIZE, SUN_HEIGHT, X, Y, cover,
                                      paint)
@@ -255,3 +255,18 @@ def test_leaf_without_a_measure():
 def test_wrong_size_of_picture(shape):
     with pytest.raises(ValueError, match=r"pictures of shape \(32, 32, 3\)"):
         judge(np.zeros(shape, np.uint8), CRITERIA)
+
+
+def test_lines_are_as_soft_across_whatever_their_slope():
+    """Of the horizons that are tried, crisp ones are one pixel wide across and blurred ones seven,
+    which is more pixels down the picture where the line is steep."""
+    heights, slopes, shapes = _lines()
+    assert len(heights) == len(slopes) == 31 * 19 and shapes.shape == (2, 31 * 19, 1024)
+    steep, = np.flatnonzero((heights == 18) & np.isclose(slopes, 0.45))
+    level, = np.flatnonzero((heights == 18) & np.isclose(slopes, 0))
+    for soft, kind in zip((1.0, 7.0), shapes):
+        column = kind[steep].reshape(32, 32)[:, 16]                 # there it is 18 pixels deep
+        distance = (np.arange(32) - 18) / np.hypot(1, 0.45)
+        assert np.allclose(column, cover(distance, soft), atol=1e-6)
+        assert np.allclose(kind[level].reshape(32, 32),
+                           cover(np.arange(32) - 18.0, soft)[:, None], atol=1e-6)
