@@ -2,6 +2,7 @@
 several models, prompts and their cache."""
 import re
 import warnings
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -347,3 +348,24 @@ def test_what_is_asked_once_is_not_kept_and_wakes_the_encoder_once(monkeypatch, 
     with model.backbone.at_hand():
         pass
     assert moves == [] and not model.backbone.resting and model.backbone.cache == tmp_path
+
+
+def test_tokens_go_where_the_encoder_is(monkeypatch):
+    """On torch's "meta" device, which stands for a GPU that the tests do not have."""
+    model, seen = tiny(), []
+
+    class Encoder:
+        config = None
+
+        def to(self, device):
+            return self
+
+        def __call__(self, ids):
+            seen.append((ids.device.type, tuple(ids.shape)))
+            return (torch.zeros(*ids.shape, 4),)
+    text = model.backbone
+    monkeypatch.setattr(text, "device", torch.device("meta"))
+    monkeypatch.setattr(text, "parts", replace(text.parts, encoders=[Encoder()]))
+    context, pooled = text.tokens(["a boat", "a tree"])
+    assert seen == [("meta", (1, 77))] * 2 and pooled is None
+    assert context.device.type == "meta" and tuple(context.shape) == (2, 77, 4)
