@@ -38,6 +38,9 @@ PAGE_TESTS = ["tests/test_annotate.py", "tests/test_explore.py", CONSTANTS]
 # What changes nothing that anybody could notice: (file, the line without indentation, what it
 # became, why).
 EQUIVALENT = [
+    ("nanocpo/folder/expert.py", "context = np.where(scores > 0, 1, -1).astype(np.int8)",
+     "context = np.where((scores >= 0), 1, -1).astype(np.int8)",
+     "a mean of log-ratios is never exactly 0"),
     ("exercises/check.py", "for x, y in zip(a[k][1], b[k][1])) for k in a)",
      "for x, y in zip(b[k][1], a[k][1])) for k in a)", "how near two are is symmetric"),
     ("nanocpo/sd/tokenizer.py", "self.word_ids = lru_cache(maxsize=50000)(self._word_ids)",

@@ -143,6 +143,13 @@ def test_a_broken_result_of_a_study_is_named(tmp_path):
         with pytest.raises(ValueError, match="key.json does not say what .* or damaged.; delete"):
             room.read(run)
     save_json(path, {"made_of": room.made_of(run)}, sealed=True)
+    whole = path.read_text()
+    path.write_text(whole.replace('"kind": "sample"', '"kind":  "sample"'))     # still the same
+    assert room.read(run)["made_of"]["kind"] == "sample"
+    path.write_text(whole.replace("{", '{"row": {"neg": 0.0},', 1))             # a row is put in
+    with pytest.raises(ValueError, match="key.json does not say what .* or damaged.; delete"):
+        room.read(run)
+    path.write_text(whole)
     for broken in (b"", b"PK\3\4", b"x" * 99, b"npy"):
         path.with_suffix(".npz").write_bytes(broken)
         with pytest.raises(ValueError, match="key.npz: not the pictures of a run, or damaged"):

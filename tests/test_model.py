@@ -264,6 +264,7 @@ def test_save_and_load_give_the_same_model(tmp_path):
 
 def test_the_averaged_weights_are_loaded(tmp_path):
     save_checkpoint(tmp_path / "m.pt", content(make(1)) | {"model": make(2).state_dict()})
+    assert "text.on_path" not in make(1).state_dict()   # the tree says it
     assert torch.equal(load_model(tmp_path / "m.pt").unet.conv_in.weight,
                        make(1).unet.conv_in.weight)
 

@@ -270,3 +270,12 @@ def test_lines_are_as_soft_across_whatever_their_slope():
         assert np.allclose(column, cover(distance, soft), atol=1e-6)
         assert np.allclose(kind[level].reshape(32, 32),
                            cover(np.arange(32) - 18.0, soft)[:, None], atol=1e-6)
+
+
+def test_the_layouts_that_are_looked_for():
+    layouts, _ = _layouts()
+    height, slope, kind, place = (sorted(set(np.round(column, 6))) for column in layouts.T)
+    assert height == [13.5, 15.5, 17.5, 19.5, 21.5, 23.5] and kind == [0, 1, 2, 3]
+    assert np.allclose(slope, [-0.3, -0.2, -0.1, 0, 0.1, 0.2, 0.3])
+    assert np.allclose(place, 16 + 1.625 * np.arange(-5, 6))       # a third is 4 of these steps
+    assert len(layouts) == 6 * 7 * 4 * 11

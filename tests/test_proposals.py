@@ -182,7 +182,7 @@ def test_what_cannot_be_asked_is_told(folder, tmp_path, capsys):
         propose.main(["--data", str(folder), "--weights", "w"])
 
 
-def test_stable_diffusion_proposes_for_pictures_of_any_shape(tmp_path):
+def test_stable_diffusion_proposes_for_pictures_of_any_shape(tmp_path, monkeypatch):
     pytest.importorskip("diffusers"), pytest.importorskip("safetensors")
     weights, folder, _ = sd_tiny.files(tmp_path)
     listing = folder / "metadata.jsonl"
@@ -202,6 +202,12 @@ def test_stable_diffusion_proposes_for_pictures_of_any_shape(tmp_path):
                          PROPOSING)[0]
     judge = world.StableDiffusionJudge(
         how, opened(weights, tmp_path / "auxiliary.safetensors"), CRITERIA)
+    given = []
+    with monkeypatch.context() as patched:          # an adapter of the text encoders is heeded too
+        patched.setattr(world, "with_lora", lambda base, *files, **more: given.append(
+            (files, more)))
+        world.StableDiffusionJudge(how, opened(weights, "x.safetensors"), CRITERIA)
+    assert given == [(("x.safetensors",), {"merge_text": True})]
     held = held_out(judge.pictures())
     assert got["agreement"]["verdicts"] == (held.annotations != 0).sum() > 0
     assert len({tuple(image.shape) for image in judge.pictures().images}) > 1

@@ -11,9 +11,10 @@ from toy_tiny import DATA, settings_of, tiny_model
 
 import nanocpo.study.second_opinion as second_opinion
 import nanocpo.study.studies as study
-from exercises.check import difference, record
+from exercises.check import difference, outcome, record
 from exercises.grade import grade, handed_in
 from exercises.install import installed
+from exercises.probes import CHECKS, Check
 from exercises.make import make, parse_numbers, starter_weights
 from exercises.table import load, split_name
 from nanocpo.run.flags import parse_sampling
@@ -156,6 +157,13 @@ def test_what_is_recorded_and_told_of_numbers():
     assert difference(["float64 (1,)", [1.0]], ["float32 (1,)", [1.0]]) == (
         "the dtype or the shape differs")
     assert difference(["None", []], ["float32 (1,)", [1.0]]) == "something else altogether"
+
+
+def test_an_error_is_an_outcome_of_one_line(monkeypatch):
+    def wrong(draw):
+        raise KeyError("y" * 200 + "\nmore")
+    monkeypatch.setitem(CHECKS, 99, {"x": Check("core", wrong, "")})
+    assert outcome(99, "x", "s") == {"error": ["KeyError: '" + "y" * 149, []]}
 
 
 def test_all_is_every_exercise():

@@ -369,6 +369,34 @@ def test_gap_keeps_the_guarantees_on_free_outputs(out, monkeypatch):
     assert any(e["winner rose"] or e["loser fell"] for e in summary["effects"]
                if e["optimizer"] == "Adam"), summary["effects"]
     assert len(summary["effects"]) == 7 * 2 * 2
+    assert all(0 <= e[share] <= 1 for e in summary["effects"]
+               for share in ("winner rose", "loser fell"))
+
+
+def test_one_step_by_hand():
+    """Of the stated relative length; of three samples two count, one's winner error rises, both
+    losers' fall."""
+    class Net(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w = torch.nn.Parameter(torch.tensor([3.0, 4.0]))
+
+        def frozen_copy(self):
+            return Net().requires_grad_(False)
+    weights, seeds = [], []
+
+    def step(moving, generator):
+        weights.append(moving.w.detach().clone())
+        seeds.append(generator.initial_seed())
+        after = len(weights) % 2 == 0
+        logs = {"winner": [2.0, 1.0, 2.0] if after else [1.0] * 3,
+                "loser": [0.5] * 3 if after else [1.0] * 3, "valid": [True, True, False]}
+        return moving.w[0] * 7, {k: torch.tensor(v) for k, v in logs.items()}, None
+    assert lab.step_effect(step, Net(), "SGD", 0.01, 3, seed=50) == {
+        "winner rose": 0.5, "loser fell": 1.0, "samples": 6}
+    assert seeds == [50, 50, 51, 51, 52, 52]
+    for before, after in zip(weights[::2], weights[1::2]):
+        assert torch.allclose(after - before, torch.tensor([-0.05, 0.0]), atol=1e-6)
 
 
 def test_a_row_is_measured_with_the_run_s_own_settings(monkeypatch, tmp_path):
