@@ -29,6 +29,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -46,7 +47,7 @@ from nanocpo.losses import RULES
 from nanocpo.toy import evaluate
 from nanocpo.toy.critic import judge
 from nanocpo.toy.paintings import from_painter
-from nanocpo.utils import cli
+from nanocpo.utils import cli, grid
 from nanocpo.utils.log import BINS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -253,7 +254,16 @@ def page_of_drawings(name, monkeypatch, folder):
     monkeypatch.setattr(plots, "Sheet", Sheet)
     monkeypatch.setattr(figure, "Sheet", Sheet)
     end = ""
-    if name == "drawn_charts":
+    if name == "drawn_grid":
+        monkeypatch.setattr(grid.ImageDraw, "Draw", lambda sheet: said.append(
+            ("sheet", np.array(sheet.size))) or Pen(said))
+        monkeypatch.setattr(Pen, "textlength", lambda pen, text, font: 7 * len(text), raising=False)
+        images = np.arange(3 * 4 * 5, dtype=np.uint8).reshape(3, 4, 5, 1).repeat(3, 3)
+        grid.save_grid(folder / "a.png", images, ["a", "two\nlines", "long " * 99], 2, 8,
+                       titles=["one", "other"])
+        grid.save_grid(folder / "b.png", images)
+        end = str([int(np.asarray(Image.open(folder / f"{name}.png"), int).sum()) for name in "ab"])
+    elif name == "drawn_charts":
         bars = {"the first": (1.25, 0.5), "second": (4.0, 0.0), "third, long name": (0.25, 0.5)}
         plots.bar_chart(folder / "a.png", bars, "A title", "unit", highlight=["second"])
         plots.bar_chart(folder / "a.png", {"none": (0.0, 0.0)}, "Nothing", "unit", 500)
@@ -263,6 +273,9 @@ def page_of_drawings(name, monkeypatch, folder):
         plots.line_chart(folder / "b.png", {"dots": ([3], [7], [0])}, "One", "x", "y", joined=False)
         plots.line_chart(folder / "b.png", {str(i): ([0, 1e-3], [i, 4e4], [9, 0])
                                             for i in range(12)}, "Many", "x", "y")
+        powers = {"a": ([1e-3, 0.1], [1, 2], [0, 0]), "b": ([2], [3], [0])}
+        plots.line_chart(folder / "b.png", powers,
+                         "Powers of ten", "x", "y", joined=False, log=True)
         plots.matrix_chart(folder / "c.png", [[0.2, 1.0, 1.5], [2.5, 0.75, 1.2], [1, 0, 0.1]],
                            ["a", "b", "and so on"], ["Light and Value", "second word", "third"],
                            "Title", "a note")
@@ -448,7 +461,11 @@ made.play.onclick(); step(); strokes = [];
 made.plane.onpointermove({ buttons: 0, offsetX: 1, offsetY: 2 }); tell("the pointer, no button");
 made.plane.onpointermove({ buttons: 1, offsetX: 400, offsetY: 100 }); step(); tell("dragged");
 made.back.onclick(); tell("back", true); step(); strokes = []; lines.push(`${queue.length} waits`);
-for (const [rule] of made.rule.options) { set("rule", rule); tell(rule); }
+for (const [rule] of made.rule.options) {
+  set("rule", rule); tell(rule);
+  made.play.onclick(); step(); made.play.onclick(); tell(`${rule}, on its way`); step();
+  made.back.onclick(); strokes = [];
+}
 set("k", "100");
 for (const rule of ["constant", "balance", "noisy"]) { set("rule", rule); tell(rule + ", k 1"); }
 set("rule", "none"); set("beta", "200"); made.play.onclick();
@@ -473,7 +490,8 @@ def page_of_explore(name, monkeypatch, folder):
 
 
 FIXED = {name: page_of_study for name in COMMANDS} | {
-    "drawn_charts": page_of_drawings, "drawn_world": page_of_drawings, "probes": page_of_probes,
+    "drawn_charts": page_of_drawings, "drawn_world": page_of_drawings,
+    "drawn_grid": page_of_drawings, "probes": page_of_probes,
     "toy": page_of_toy, "constants": page_of_constants,
     "flags": page_of_flags, "explored": page_of_explore}
 

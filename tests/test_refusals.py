@@ -115,6 +115,27 @@ def test_the_critic_s_second_opinion_takes_the_target_where_there_is_one(monkeyp
     assert seen == [(tmp_path / "target.pt", "d")]
 
 
+@pytest.mark.parametrize("error", [
+    KeyboardInterrupt(), torch.cuda.OutOfMemoryError("x"), MemoryError(), ValueError("x"),
+    RuntimeError("you tried to allocate 5 bytes")], ids=lambda error: type(error).__name__)
+def test_a_developer_sees_where_an_error_arose(monkeypatch, error):
+    """python -X dev; without it each ends in one line."""
+    def main():
+        raise error
+    for mode in (True, False):
+        monkeypatch.setattr(cli.sys, "flags", SimpleNamespace(dev_mode=mode))
+        with pytest.raises(type(error) if mode else SystemExit):
+            cli.command(main)
+
+
+def test_another_process_is_only_to_blame_where_there_is_one(monkeypatch):
+    lost, other = RuntimeError("gloo: Connection closed by peer"), RuntimeError("a bug")
+    for count in (1, 2):
+        monkeypatch.setattr(ranks, "count", lambda: count)
+        assert ranks.is_of_another(lost) == (count == 2) and not ranks.is_of_another(other)
+        assert ranks.is_of_another(ranks.dist.DistError("x")) == (count == 2)
+
+
 # ---- Stable Diffusion's files
 
 def test_files_that_hold_something_else(tmp_path):

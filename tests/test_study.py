@@ -527,6 +527,13 @@ def test_world_draws(out, monkeypatch):
         torch.testing.assert_close(field(x, 0.5), wanted)
 
 
+def test_samples_stay_on_the_sheet():
+    import nanocpo.study.figure as figure
+    away = lambda xt, alpha_bar: -9 * torch.sign(xt)
+    points = figure.draw_samples(flawed_world(), away, seed=0, count=20, steps=3)
+    assert points.shape == (20, 2) and float(points.abs().max()) == figure.REACH
+
+
 # ---------------------------------------------------------------- small rules
 
 def test_interval_over_seeds_by_hand():

@@ -70,10 +70,12 @@ def ticks(low, high, count=6):
             for i in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
 
 
-def line_chart(path, series, title, x_label, y_label, joined=True):
+def line_chart(path, series, title, x_label, y_label, joined=True, log=False):
     """series: {name: (x values, means, halves of the intervals)}; None in means leaves a gap. One
-    line each, with a legend; joined False: dots alone."""
+    line each, with a legend; joined False: dots alone; log: x in powers of ten."""
     width, height = 760, 430
+    scaled = math.log10 if log else float
+    series = {name: ([scaled(x) for x in xs], *more) for name, (xs, *more) in series.items()}
     points = [(x, m, h) for xs, means, halves in series.values()
               for x, m, h in zip(xs, means, halves) if m is not None]
     x_low, x_high = min(p[0] for p in points), max(p[0] for p in points)
@@ -93,7 +95,7 @@ def line_chart(path, series, title, x_label, y_label, joined=True):
         sheet.text(left - 8, at_y(value), f"{value:g}", 12, "rm")
     for value in ticks(x_low, x_high, 8):
         sheet.line([(at_x(value), bottom), (at_x(value), bottom + 4)])
-        sheet.text(at_x(value), bottom + 8, f"{value:g}", 12, "ma")
+        sheet.text(at_x(value), bottom + 8, f"{10 ** value:.2g}" if log else f"{value:g}", 12, "ma")
     sheet.line([(left, top), (left, bottom), (right, bottom)])
     sheet.text((left + right) / 2, height - 24, x_label, 13, "ma")
     sheet.upright(18, (top + bottom) / 2, y_label)
@@ -105,11 +107,12 @@ def line_chart(path, series, title, x_label, y_label, joined=True):
                 sheet.line([(at_x(x), at_y(m - h)), (at_x(x), at_y(m + h))], colour)
         if joined:
             sheet.line([(at_x(x), at_y(m)) for x, m, _ in some], colour, 2)
-        for x, m, _ in some:
-            sheet.dot(at_x(x), at_y(m), 3, colour)
         y = top + 8 + 20 * i
         sheet.line([(right + 12, y), (right + 30, y)], colour, 2)
-        sheet.dot(right + 21, y, 3, colour)
+        for place in [*((at_x(x), at_y(m)) for x, m, _ in some), (right + 21, y)]:
+            sheet.dot(*place, 3, colour)
+            if i >= len(COLOURS):                       # the colours come again, hollow
+                sheet.dot(*place, 1.6, "white")
         sheet.text(right + 36, y, name, 12, "lm")
     sheet.save(path)
 
@@ -155,7 +158,7 @@ def matrix_chart(path, values, rows, columns, title, note="", middle=1.0, width=
         sheet.text(left - 8, top + step * (i + 0.5), name, 13, "rm")
         for j, value in enumerate(values[i]):
             share = max(-1.0, min(1.0, (value - middle) / middle))
-            pale = tuple(round(255 + (c - 255) * min(1, abs(share)))
+            pale = tuple(round(255 + (c - 255) * abs(share))
                          for c in ((49, 104, 170) if share < 0 else (205, 73, 82)))
             x, y = left + cell * j, top + step * i
             sheet.box(x + 1, y + 1, x + cell - 1, y + step - 1, fill=pale,

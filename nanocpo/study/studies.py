@@ -366,7 +366,8 @@ def pareto(lab):
     line_chart(f"{stem}.png",
                {name: ([p[0] for p in found], [p[1]["neg"] for p in found], [0] * len(found))
                 for name, found in points.items()},
-               "What a distance from the base buys", "displacement", "#A_neg", joined=False)
+               "What a distance from the base buys", "displacement (powers of ten)", "#A_neg",
+               joined=False, log=True)
 
 
 def steps_to(curve, level, captions=None):
