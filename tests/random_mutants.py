@@ -38,6 +38,15 @@ PAGE_TESTS = ["tests/test_annotate.py", "tests/test_explore.py", CONSTANTS]
 # What changes nothing that anybody could notice: (file, the line without indentation, what it
 # became, why).
 EQUIVALENT = [
+    ("nanocpo/study/mixture.py",
+     "xt = (a * x0 + s * torch.randn(x0.shape, generator=generator, dtype=torch.float64)).float()",
+     "xt = (a * x0 + s * torch.randn(x0.shape, dtype=torch.float64)).float()",
+     "torch's own generator has the same seed there"),
+    ("nanocpo/unet.py",
+     "frequencies = torch.exp(-math.log(10000) * torch.arange(dim // 2, dtype=torch.float32, "
+     "device=t.device) / (dim // 2))",
+     "frequencies = torch.exp(-math.log(10000) * torch.arange(dim // 2, device=t.device) "
+     "/ (dim // 2))", "float32 is what torch makes of the quotient"),
     ("nanocpo/toy/evaluate.py",
      "x = images[[c == caption for c in captions]].reshape(captions.count(caption), -1) / 255.0",
      "x = images[[c == caption for c in captions]].reshape(captions.count(caption), -2) / 255.0",

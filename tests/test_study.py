@@ -353,6 +353,25 @@ def test_runs_shared_among_processes_are_those_made_one_by_one(out, monkeypatch)
         assert a["neg"] == b["neg"] and a["frechet"] == pytest.approx(b["frechet"], rel=1e-3)
 
 
+@pytest.mark.parametrize("cores, jobs, threads", [(8, 2, 4), (5, 2, 2), (2, 3, 1), (None, 2, 1)])
+def test_processes_share_the_cores(monkeypatch, tmp_path, cores, jobs, threads):
+    """Whole threads for each, one at least."""
+    asked = []
+
+    class Context:
+        def Pool(self, *how):
+            asked.append(how)
+            raise InterruptedError
+    monkeypatch.setattr(lab.os, "cpu_count", lambda: cores)
+    monkeypatch.setattr(lab.multiprocessing, "get_context", lambda kind: Context())
+    room = lab.Lab(Namespace(study="s", out=str(tmp_path), seed=0, jobs=jobs))
+    room.models = {}
+    with pytest.raises(InterruptedError):
+        room.run([("key", "sample", {})])
+    assert asked == [(jobs, torch.set_num_threads, [threads])]
+    assert type(asked[0][2][0]) is int
+
+
 def test_gap_keeps_the_guarantees_on_free_outputs(out, monkeypatch):
     """The theorems of (E13, E14) in the training code itself: no sample's winner error rises, no
     loser's falls, when outputs are free."""
