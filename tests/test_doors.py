@@ -284,7 +284,8 @@ def test_a_tokenizer_that_is_cut_off(tmp_path, change, words):
 def test_words_in_angle_brackets_need_no_merge(tmp_path):
     """As <|endoftext|>, which every vocabulary has; all other long words do."""
     vocabulary = write_tokenizer(tmp_path)
-    for word, refused in (("<|mine|>", False), ("x<|mine|>", True), ("mine>", True)):
+    for word, refused in (("<|mine|>", False), ("<mine>", False), ("x<mine>", True),
+                          ("mine>", True)):
         (tmp_path / "vocab.json").write_text(json.dumps(vocabulary | {word: len(vocabulary)}))
         if refused:
             with pytest.raises(WeightsError, match="1 tokens of its vocabulary are made by no"):
