@@ -32,12 +32,12 @@ def main(argv=None):
         raise SystemExit("torch finds no GPU here; on a processor: python benchmarks/step.py")
     with open(args.out, "w", encoding="utf-8") as file:
         file.write(f"{torch.cuda.get_device_name()}, torch {torch.__version__}\n")
-        for command in COMMANDS:
-            command, start = command.format(out=args.models), time.time()
-            done = subprocess.run([sys.executable, *command.split()], cwd=ROOT, text=True,
+        for words in COMMANDS:
+            words, start = words.format(out=args.models), time.time()
+            done = subprocess.run([sys.executable, *words.split()], cwd=ROOT, text=True,
                                   stdout=subprocess.PIPE, stderr=subprocess.PIPE)
             said = done.stdout + ("" if done.returncode == 0 else done.stderr[-2000:])
-            text = (f"\n## python {command}\n\n{said.strip()}\n\n"
+            text = (f"\n## python {words}\n\n{said.strip()}\n\n"
                     f"{time.time() - start:.0f} s, status {done.returncode}\n")
             print(text)
             file.write(text)

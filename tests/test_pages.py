@@ -207,7 +207,7 @@ class Pen:
     after one another the number is kept, and the sum of all coordinates with growing weights."""
 
     def __init__(self, said):
-        self.said, self.many = said, []
+        self.said = said
 
     def __getattr__(self, kind):
         def stroke(places, *words, fill=None, outline=None, width=None, joint=None, font=None,
@@ -234,7 +234,7 @@ def strokes(said):
 
 
 def page_of_drawings(name, monkeypatch, folder):
-    """Every stroke of three charts, or of the analytic world."""
+    """Every stroke of the charts, of the analytic world, or of a grid of pictures."""
     said = []
 
     class Sheet(plots.Sheet):
@@ -348,6 +348,14 @@ def plain(value):
     return str(value).replace(str(ROOT), "ROOT")
 
 
+def assigned(node):
+    """The names that a statement of a module or a class gives values to."""
+    targets = node.targets if isinstance(node, ast.Assign) else ()
+    return [one.id for target in targets
+            for one in (target.elts if isinstance(target, ast.Tuple) else [target])
+            if isinstance(one, ast.Name)]
+
+
 def page_of_constants(name, monkeypatch, folder):
     """Every constant of every module, every default of a function, and what a setting says."""
     names = sorted(path.relative_to(ROOT).as_posix() for where in ("nanocpo", "exercises")
@@ -360,10 +368,7 @@ def page_of_constants(name, monkeypatch, folder):
         tree = ast.parse((ROOT / file).read_text("utf-8"))
         lines.append(f"--- {file}")
         for node in tree.body:
-            for target in node.targets if isinstance(node, ast.Assign) else ():
-                for one in target.elts if isinstance(target, ast.Tuple) else [target]:
-                    if isinstance(one, ast.Name):
-                        lines.append(f"{one.id} = {dense(plain(getattr(module, one.id)))}")
+            lines += [f"{one} = {dense(plain(getattr(module, one)))}" for one in assigned(node)]
             for part in [node, *node.body] if isinstance(node, ast.ClassDef) else [node]:
                 if isinstance(part, ast.FunctionDef) and (part.args.defaults
                                                           or any(part.args.kw_defaults)):
@@ -374,9 +379,8 @@ def page_of_constants(name, monkeypatch, folder):
                         if x.default is not x.empty))
             known = getattr(module, node.name) if isinstance(node, ast.ClassDef) else None
             for part in node.body if known else ():
-                for target in part.targets if isinstance(part, ast.Assign) else ():
-                    for one in target.elts if isinstance(target, ast.Tuple) else [target]:
-                        lines.append(f"{node.name}.{one.id} = {plain(known.__dict__[one.id])}")
+                lines += [f"{node.name}.{one} = {plain(known.__dict__[one])}"
+                          for one in assigned(part)]
             if dataclasses.is_dataclass(known):
                 how = known.__dataclass_params__
                 lines.append(f"{node.name}: eq {how.eq}, order {how.order}, frozen {how.frozen}")

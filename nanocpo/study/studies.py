@@ -162,8 +162,8 @@ def publish(args, summary, *parts, measured=None):
     measured = measured or (
         f"{args.samples} pictures a row, {args.sampling_steps} sampling steps, seeds "
         f"{', '.join(map(str, args.seeds))} (95 % intervals over seeds, Student's t)")
-    how = (f"`{args.command}`; "
-           f"{args.steps} steps of {args.batch} pictures, {measured}, base and auxiliary of "
+    how = (f"`{args.command}`; {args.steps} steps of {args.batch} pictures, {measured}, base and "
+           f"auxiliary of "
            f"{'the folders of --bases' if args.bases else f'seed {args.seed}'}, "
            f"{time.strftime('%Y-%m-%d')}, {platform.machine()} with {os.cpu_count()} cores.")
     text = "\n\n".join([f"# {stem.replace('_', ', ')}", *parts,
@@ -399,8 +399,7 @@ def speed(lab):
     lab = Lab(changed(lab.args, steps=lab.args.curve_steps, samples=lab.args.curve_samples))
     args, rows = lab.args, chosen_rows(lab.args, SPEED)
     every = max(1, args.steps // 12)
-    runs = [(f"{slug(name)}_{seed}", "curve",
-             flags | dict(seed=seed, every=every))
+    runs = [(f"{slug(name)}_{seed}", "curve", flags | dict(seed=seed, every=every))
             for name, flags in rows.items() for seed in args.seeds]
     found, bases = iter(lab.run(runs)), lab.run(base_runs(args.seeds))
     start = {key: float(np.mean([b["row"][key] for b in bases]))
